@@ -1,0 +1,110 @@
+"""How well a sub-architecture still tells its own class from all others, on images of all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, TaskError
+from ..gates import Gates
+from ..learning import frozen, logits_of
+from ..masks import Masks
+from ..sampling import read
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """One task's figures, all shares in [0, 1].
+
+    kept: share of units. recall: own images that are answered with the class. fpr: other images that are (the
+    false-positive rate). auc: area under the ROC curve of log p(class). fpr95: the false-positive rate at the threshold
+    on log p(class) that finds 95 % of the own images. Recall alone says nothing: a network that answers its class to
+    everything has recall 1, and fpr 1.
+    """
+
+    task: str
+    kept: float
+    recall: float
+    fpr: float
+    auc: float
+    fpr95: float
+
+
+def recognition(
+    gates: Gates,
+    loader: Iterable[Any],
+    masks: Masks | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Recognition]:
+    """Figures for every task of `masks`, each class's own gates applied to all of the loader's images.
+
+    gates: attached to the model at the masks' sites; without masks, the full network is measured for the gates' tasks.
+    loader: yields (inputs, labels), read once; labels of the tasks and others. The gates are given back as found.
+    progress: called with (tasks done, tasks).
+
+    Raises DataError where a task has no images or no others; ImportError for scikit-learn, which computes the curves.
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    tasks = masks.task_rows if masks is not None else gates.task_rows
+    model = gates.attached()
+    batches = [(images, labels) for images, labels in read(loader)]
+    if not batches:
+        raise DataError("expected a loader of (inputs, labels) batches, got an empty one")
+    labels = torch.cat([labels for _, labels in batches])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    figures = []
+
+    def outputs() -> Tensor:
+        return torch.cat([logits_of(model(images.to(device))).cpu() for images, _ in batches])
+
+    before = gates.masks()
+    with frozen(model), torch.no_grad():
+        full = outputs() if masks is None else None
+        try:
+            if masks is not None:
+                gates.load(masks)
+            for row, (label, name) in enumerate(zip(tasks.labels, tasks.names, strict=True)):
+                if not isinstance(label, int):
+                    raise TaskError(f"task {name}: expected a label that is an output of the model, got {label!r}")
+                own = labels.eq(label)
+                if not own.any() or own.all():
+                    raise DataError(f"task {name}: expected images of this class and of others, got one of them only")
+                if full is None:
+                    with gates(name):
+                        answers = outputs()
+                else:
+                    answers = full
+                score = answers.double().log_softmax(1)[:, label]  # (images,)
+                said = answers.argmax(1).eq(label)
+                wrongly, rightly, _ = roc_curve(own, score)
+                figures.append(
+                    Recognition(
+                        name,
+                        float(masks.kept()[row]) if masks is not None else 1.0,
+                        float(said[own].double().mean()),
+                        float(said[~own].double().mean()),
+                        float(roc_auc_score(own, score)),
+                        float(wrongly[rightly >= 0.95].min()),
+                    )
+                )
+                if progress:
+                    progress(row + 1, len(tasks))
+        finally:
+            gates.load(before)
+    return figures
+
+
+def shuffled(masks: Masks, seed: int = 0) -> Masks:
+    """Random masks of the same size: each task's gates permuted within every site."""
+    random = torch.Generator().manual_seed(seed)
+    values = {
+        site: torch.stack([row[torch.randperm(len(row), generator=random)] for row in value])
+        for site, value in masks.values.items()
+    }
+    return masks.replaced(values)

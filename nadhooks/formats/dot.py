@@ -1,0 +1,121 @@
+"""Flow graphs as Graphviz's DOT: pure text. Every site is a column of small squares, one for each unit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import graphviz
+import networkx as nx
+
+SQUARE = 8  # points
+COLUMNS = 8  # squares beside each other
+CELLS = 256  # squares per site; wider sites share squares
+TOTAL_CELLS = 20_000  # squares per picture; more would take Graphviz minutes
+DROPPED = "#e6e6e6"
+KEPT = "#0072b2"  # Okabe and Ito's blue, safe for colour-blind eyes
+EDGE = "#7f7f7f"
+GREY = "#555555"
+FONT = "Helvetica,Arial,sans-serif"
+
+
+def to_dot(graph: nx.DiGraph) -> str:
+    """DOT text of a graph made by `flow_graph`; the same graph gives the same text."""
+    nodes = {name: f"n{number}" for number, name in enumerate(graph)}  # a `:` in a node id would be read as a port
+    sites = max(1, sum(data["kind"] == "site" for _, data in graph.nodes(data=True)))
+    cells = max(COLUMNS, min(CELLS, TOTAL_CELLS // sites))
+    dot = graphviz.Digraph(
+        graph_attr={"rankdir": "LR", "nodesep": "0.25", "ranksep": "0.35", "fontname": FONT, "fontsize": "13",
+                    "labelloc": "t", "labeljust": "l", "bgcolor": "white", "pad": "0.2", "label": f"<{_title(graph)}>"},
+        node_attr={"shape": "plain", "fontname": FONT, "fontsize": "10"},
+        edge_attr={"color": EDGE, "arrowsize": "0.6"},
+    )  # fmt: skip
+    for name, data in graph.nodes(data=True):
+        if data["kind"] == "site":
+            dot.node(nodes[name], f"<{_site(name, data, cells)}>", tooltip=_tooltip(name, data))
+        else:
+            dot.node(nodes[name], _escaped(name), shape="box", style="rounded", margin="0.12,0.06")
+    for source, target, data in graph.edges(data=True):
+        dot.edge(nodes[source], nodes[target], penwidth=f"{0.6 + 3.4 * data.get('share', 1.0):.2f}")
+    return dot.source
+
+
+def _title(graph: nx.DiGraph) -> str:
+    tasks = graph.graph.get("tasks", [])
+    model = graph.graph.get("model", "").rpartition(".")[2]
+    kept = sum(data["kept"] for _, data in graph.nodes(data=True))
+    units = sum(data["units"] for _, data in graph.nodes(data=True))
+    if len(tasks) == 1:
+        line = f"task {tasks[0]}: {kept:,} of {units:,} units kept ({kept / max(1, units):.0%})"
+        legend = [_key(KEPT), _text("kept"), _key(DROPPED), _text("dropped")]
+    else:
+        line = f"{len(tasks)} tasks over each other: {kept:,} of {units:,} units kept by at least one"
+        shades = [_key(_shade(step / 5)) for step in range(1, 6)]
+        legend = [_key(DROPPED), _text("kept by no task"), _text("by one"), *shades, _text("by all")]
+    head = f'<TD ALIGN="LEFT">{_escaped(f"{model}, {line}" if model else line)}</TD>'
+    width = sum(width + 2 for width, _ in legend)
+    # sizes are fixed: Graphviz would stretch the legend to the width of the title
+    key = f'<TABLE BORDER="0" CELLSPACING="2" CELLPADDING="0" FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="18">'
+    return (
+        f'<TABLE BORDER="0" CELLSPACING="2" CELLPADDING="1"><TR>{head}</TR>'
+        f'<TR><TD ALIGN="LEFT">{key}<TR>{"".join(cell for _, cell in legend)}</TR></TABLE></TD></TR></TABLE>'
+    )
+
+
+def _site(name: str, data: dict[str, Any], cells: int) -> str:
+    use: list[float] = data["use"]
+    each = math.ceil(len(use) / cells)  # units that share a square
+    parts = [use[start : start + each] for start in range(0, len(use), each)]
+    shades = [_shade(sum(part) / len(part)) for part in parts]
+    rows = "".join(
+        f"<TR>{''.join(map(_square, shades[start : start + COLUMNS]))}</TR>" for start in range(0, len(shades), COLUMNS)
+    )
+    grid = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">{rows}</TABLE>'
+    title = "<BR/>".join(_escaped(part) for part in _wrapped(name))
+    shared = f"<BR/>{each} units a square" if each > 1 else ""
+    return (
+        '<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="1" CELLPADDING="1">'
+        f"<TR><TD>{title}</TD></TR><TR><TD>{grid}</TD></TR>"
+        f'<TR><TD><FONT POINT-SIZE="9" COLOR="{GREY}">{data["kept"]} / {data["units"]}{shared}</FONT></TD></TR></TABLE>'
+    )
+
+
+def _square(colour: str) -> str:
+    return f'<TD WIDTH="{SQUARE}" HEIGHT="{SQUARE}" FIXEDSIZE="TRUE" BGCOLOR="{colour}"></TD>'
+
+
+def _key(colour: str) -> tuple[int, str]:
+    return 12, f'<TD WIDTH="12" HEIGHT="12" FIXEDSIZE="TRUE" BGCOLOR="{colour}"></TD>'
+
+
+def _text(text: str) -> tuple[int, str]:
+    width = 10 + 5 * len(text)
+    font = f'<FONT POINT-SIZE="10" COLOR="{GREY}">{text}</FONT>'
+    return width, f'<TD WIDTH="{width}" HEIGHT="14" FIXEDSIZE="TRUE">{font}</TD>'
+
+
+def _shade(share: float) -> str:
+    """From the colour of a dropped unit to that of a kept one."""
+    if share <= 0:
+        return DROPPED
+    low, high = "#c6dbef", KEPT
+    mixed = (round(int(low[i : i + 2], 16) * (1 - share) + int(high[i : i + 2], 16) * share) for i in (1, 3, 5))
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def _wrapped(name: str, width: int = 14) -> list[str]:
+    """A long dotted name on several lines, broken behind dots."""
+    lines = [""]
+    for part in name.replace(".", ".\0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def _tooltip(name: str, data: dict[str, Any]) -> str:
+    return f"{name}: {data['kept']} of {data['units']} units kept"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

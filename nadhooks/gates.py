@@ -1,0 +1,391 @@
+"""Gates on the units of a live model: `attach`, the pure `gate`, and `Gates`, the only live object of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import zoo
+from ._version import __version__
+from .errors import ModelError, NadhooksError, SiteError, TaskError
+from .hooking import on_site
+from .masks import Masks, check_same_sites
+from .sites import Axis, Site, Sites, described, find
+from .tasks import Tasks, TaskSpec
+from .tracing import Trace, call_model, trace, undisturbed
+from .wiring import wire
+
+Closed = Literal["zero", "mean"]
+
+
+def attach(
+    model: nn.Module,
+    sites: Sites | None = None,
+    *,
+    tasks: TaskSpec = 1,
+    closed: Closed = "zero",
+    example: Any = None,
+    axis: Axis | None = None,
+) -> Gates:
+    """Puts an open gate on every unit of the chosen sites of `model`, without changing its code or its outputs.
+
+    sites: a selector (`nadhooks.sites.blocks()` is the default; `channels()`, `neurons()`, `heads()`), a glob or a
+        list of globs over module names, a callable `(name, module) -> bool`, or the sites of masks.
+    tasks: a number K (labels 0..K-1), a sequence of labels, or {label: name}.
+    closed: what a closed unit puts out: "zero", or "mean", its average over data that `gates.calibrate` is shown.
+    example: the forward arguments (tensor, tuple or dict) for one dry run; by default made from what timm and
+        torchvision models say of their input.
+    axis: the axis of the units where it cannot be determined, for all sites or as {glob: axis}.
+
+    Raises SiteError when no site can be found, ModelError when the model or example cannot be used, TaskError for bad
+    tasks. After an error the model is as it was.
+    """
+    _check_model(model)
+    return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
+
+
+def gate(x: Tensor, g: Tensor, axis: int, block: int = 1, closed: Tensor | None = None) -> Tensor:
+    """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
+
+    x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
+    unit is `block` positions of `axis`. Where axis 0 of x is a multiple of the batch (windows, frames), samples are
+    taken to lie together. The result has x's dtype: a float32 gate must not promote an output under autocast.
+    """
+    if g.shape[0] not in (1, x.shape[0]):
+        if x.shape[0] % g.shape[0]:
+            raise TaskError(
+                f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
+                "pass one label per sample, or one task for the whole batch"
+            )
+        g = g.repeat_interleave(x.shape[0] // g.shape[0], 0)
+    g = _spread(g, x, axis, block)  # (batch or 1, 1, …, positions, …, 1)
+    if closed is None:
+        return g * x
+    return g * x + (1 - g) * _spread(closed[None], x, axis, block)
+
+
+def _spread(rows: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
+    rows = rows.to(device=x.device, dtype=x.dtype)
+    rows = rows.repeat_interleave(block, 1) if block > 1 else rows
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = rows.shape
+    return rows.reshape(shape)
+
+
+class _Clip(torch.autograd.Function):
+    """Clips to [0, 1]. A logit outside still gets the gradients that lead back, so that no gate is stuck."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (logits,), (grad,) = ctx.saved_tensors, grads
+        outward = ((logits > 1) & (grad < 0)) | ((logits < 0) & (grad > 0))
+        return grad.masked_fill(outward, 0)
+
+
+class _SiteGate:
+    """What happens at one site in each forward pass. A class at module level: it pickles and deep-copies."""
+
+    def __init__(self, gates: Gates, site: Site):
+        self.gates, self.site = gates, site
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        gates, site = self.gates, self.site
+        g = gates._active(site)
+        shut = gates._shut.get(site.name)
+        changed = None if g is None and shut is None else self._gated(x, g, shut)
+        if gates._watch is not None:
+            gates._watch(site, x if changed is None else changed)
+        return changed
+
+    def _gated(self, x: Tensor, g: Tensor | None, shut: Tensor | None) -> Tensor:
+        gates, site = self.gates, self.site
+        if not x.is_floating_point():
+            raise SiteError(f"{site.name}: expected a floating-point tensor, got {x.dtype}")
+        if x.dim() <= site.axis or x.shape[site.axis] != site.units * site.block:
+            raise SiteError(
+                f"{site.name}: expected {site.units * site.block} positions on axis {site.axis}, got shape "
+                f"{tuple(x.shape)}; attach again with an example= like this input"
+            )
+        if g is None:
+            g = torch.ones(1, site.units, device=x.device)
+        if shut is not None:
+            g = g.masked_fill(shut.to(g.device), 0)
+        return gate(x, g, site.axis, site.block, gates._closed_values(site))
+
+
+class Gates:
+    """Gates on a model: the logits, and the hooks that apply them. Made by `attach`.
+
+    sites: the sites in the order in which they fire. tasks: names, in the order of the rows. wiring: who feeds whom.
+    logits: {site: (tasks, units) parameter}; a gate is its logit clipped to [0, 1], so that 1 is open, exactly, and
+        gates learn from there. skipped: {module: why it has no gate}.
+
+    A context manager that detaches; detaching twice is fine. Outside `with gates(...)` every gate is open.
+    """
+
+    task_rows: Tasks
+
+    def __init__(
+        self, model: nn.Module, sites: Sites | None, tasks: Tasks, closed: Closed, example: Any, axis: Axis | None
+    ):
+        if closed not in ("zero", "mean"):
+            raise NadhooksError(f"closed: expected 'zero' or 'mean', got {closed!r}")
+        seen = trace(model, example)
+        self.model: nn.Module | None = model  # None once detached
+        self.sites, self.skipped = find(seen, sites, axis)
+        self.chosen_by = described(sites)
+        self.wiring: nx.DiGraph = wire(model, self.sites, example)
+        self.closed: Closed = closed
+        self.means: dict[str, Tensor] = {}
+        self._model_name = f"{type(model).__module__}.{type(model).__qualname__}"
+        self._by_name = {site.name: site for site in self.sites}
+        self._tensors = {site.name: _dtype_and_device(seen, site) for site in self.sites}
+        self._set_tasks(tasks)
+        self._rows: Tensor | None = None  # (batch or 1,) rows of the tasks in force
+        self._values: Mapping[str, Tensor] | None = None  # gates that were handed over instead
+        self._shut: dict[str, Tensor] = {}  # site -> (units,) bool
+        self._watch: Callable[[Site, Tensor], None] | None = None
+        with ExitStack() as stack:
+            for site in self.sites:
+                stack.callback(on_site(model, site, _SiteGate(self, site)).remove)
+            self._handles = stack.pop_all()
+
+    # --- learning ---
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.task_rows.names
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The logits of all sites, for any torch optimiser."""
+        return list(self.logits.values())
+
+    def values(self) -> dict[str, Tensor]:
+        """{site: (tasks, units)} gates in [0, 1] with their gradients, for penalties."""
+        return {name: cast(Tensor, _Clip.apply(logits)) for name, logits in self.logits.items()}
+
+    def __call__(self, labels: object) -> _Activation:
+        """`with gates(labels):` sends each sample through its task's gates.
+
+        labels: (batch,) one per sample, or one task's name or label for the whole batch. The innermost `with` counts.
+        Raises TaskError, at once, for unknown labels.
+        """
+        return _Activation(self, rows=self.task_rows.rows(labels))
+
+    def apply(self, values: Mapping[str, Tensor]) -> _Activation:
+        """`with gates.apply(values):` uses these gates instead of the logits': {site: (units,) or (batch, units)}.
+
+        For estimators of one's own: gradients flow into `values`. Sites that are not named stay open.
+        """
+        for name, value in values.items():
+            site = self._site(name)
+            if value.dim() not in (1, 2) or value.shape[-1] != site.units:
+                raise SiteError(
+                    f"{name}: expected gates of shape ({site.units},) or (batch, {site.units}), "
+                    f"got {tuple(value.shape)}"
+                )
+        return _Activation(self, values={name: torch.atleast_2d(value) for name, value in values.items()})
+
+    @contextmanager
+    def close(self, site: str, units: int | Iterable[int] | Tensor) -> Iterator[None]:
+        """`with gates.close(site, units):` shuts these units, and nothing else changes. Nests and combines.
+
+        units: an index, several indices, or a (units,) boolean tensor.
+        """
+        self.attached()
+        known = self._site(site)
+        shut = torch.zeros(known.units, dtype=torch.bool)
+        chosen = torch.as_tensor(units if isinstance(units, (int, Tensor)) else list(units)).cpu()
+        if chosen.dtype == torch.bool:
+            if chosen.shape != shut.shape:
+                raise SiteError(f"{site}: expected {known.units} booleans, got shape {tuple(chosen.shape)}")
+            shut |= chosen
+        elif chosen.numel():
+            if chosen.is_floating_point() or chosen.min() < -known.units or chosen.max() >= known.units:
+                raise SiteError(f"{site}: expected units from 0 to {known.units - 1}, got {units!r}")
+            shut[chosen] = True
+        before = self._shut.get(site)
+        self._shut[site] = shut if before is None else shut | before
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._shut[site]
+            else:
+                self._shut[site] = before
+
+    @contextmanager
+    def watch(self, see: Callable[[Site, Tensor], None]) -> Iterator[None]:
+        """Calls `see(site, tensor)` for what leaves each site, gated if a gate acts, while the forward pass runs.
+
+        Clone what is to be kept: an in-place layer that follows would overwrite it.
+        """
+        self.attached()
+        before, self._watch = self._watch, see
+        try:
+            yield
+        finally:
+            self._watch = before
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Measures what closed="mean" needs: each unit's mean over the data, all samples and positions alike.
+
+        batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them. The model runs in eval mode.
+        """
+        model = self.attached()
+        sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in self.sites}
+        counts = dict.fromkeys(sums, 0)
+
+        def add(site: Site, x: Tensor) -> None:
+            sums[site.name] += unit_sums(x, site).cpu()
+            counts[site.name] += x.numel() // site.units
+
+        device = next((p.device for p in model.parameters()), None)
+        with torch.no_grad(), undisturbed(model), self.watch(add):
+            for batch in batches:
+                inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+                call_model(model, pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
+        self.set_means(sums, counts)
+
+    def set_means(self, sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        """Means from sums (units,) over `counts` positions of each site; closed units put them out from now on."""
+        if not all(counts.values()):
+            raise NadhooksError("expected at least one batch to take the units' means from, got none")
+        self.means = {name: (total / counts[name]).to(self.logits[name].dtype) for name, total in sums.items()}
+        self.closed = "mean"
+
+    # --- masks ---
+
+    def masks(self) -> Masks:
+        """The gates as masks: a copy, on the CPU, with sites, wiring and where they came from."""
+        values = {name: gates.detach().cpu().clone() for name, gates in self.values().items()}
+        return self.masks_of(self.task_rows, values, {"method": "own training loop", "sites": self.chosen_by})
+
+    def masks_of(self, tasks: Tasks, values: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Masks:
+        """Masks of these gates' sites with other tasks and values {site: (tasks, units)}."""
+        origin = {"model": self._model_name, "nadhooks": __version__, "torch": str(torch.__version__)}
+        means = {name: mean.cpu() for name, mean in self.means.items()} if self.closed == "mean" else {}
+        return Masks(self.sites, values, tasks, self.wiring, self.closed, means, origin | dict(provenance))
+
+    def load(self, masks: Masks) -> None:
+        """Sets every gate to exactly the mask's value, and tasks and closed values to those of the masks.
+
+        Optimisers keep working if the tasks are as many as before; otherwise the logits are new parameters.
+        Raises SiteError when the masks belong to other sites.
+        """
+        check_same_sites(masks.sites, self.sites, "attach with sites=masks.sites, or load the masks of this model")
+        if len(masks.tasks) != len(self.task_rows):
+            self._set_tasks(masks.task_rows)
+        self.task_rows = masks.task_rows
+        with torch.no_grad():
+            for site in self.sites:
+                self.logits[site.name].copy_(masks[site.name])
+        self.closed = masks.closed
+        self.means = dict(masks.means)
+
+    # --- hooks ---
+
+    def detach(self) -> None:
+        """Removes every hook. The logits stay, and so do masks; detaching again does nothing."""
+        self._handles.close()
+        self.model = None
+
+    def __enter__(self) -> Gates:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        units = sum(site.units for site in self.sites)
+        state = "" if self.model is not None else ", detached"
+        size = f"{len(self.sites)} sites, {units:,} units, {len(self.task_rows)} tasks"
+        return f"Gates({size}, closed={self.closed!r}{state})"
+
+    def _set_tasks(self, tasks: Tasks) -> None:
+        self.task_rows = tasks
+        self.logits: dict[str, nn.Parameter] = {}
+        for site in self.sites:
+            dtype, device = self._tensors[site.name]
+            self.logits[site.name] = nn.Parameter(torch.ones(len(tasks), site.units, dtype=dtype, device=device))
+
+    def _active(self, site: Site) -> Tensor | None:
+        """The gates in force at a site, (batch or 1, units); None where all are open."""
+        if self._values is not None:
+            return self._values.get(site.name)
+        if self._rows is None:
+            return None
+        logits = self.logits[site.name]
+        return cast(Tensor, _Clip.apply(logits[self._rows.to(logits.device)]))
+
+    def _closed_values(self, site: Site) -> Tensor | None:
+        if self.closed == "zero":
+            return None
+        if not self.means:
+            raise NadhooksError('closed="mean" needs the units\' means: call gates.calibrate(loader) first')
+        return self.means[site.name]
+
+    def _site(self, name: str) -> Site:
+        if name not in self._by_name:
+            raise SiteError(f"no site {name!r}: the sites are {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def attached(self) -> nn.Module:
+        """The model. Raises NadhooksError after `detach`."""
+        if self.model is None:
+            raise NadhooksError("these gates are detached and act on nothing; attach again")
+        return self.model
+
+
+class _Activation:
+    """`with gates(...)` and `with gates.apply(...)`: puts gates in force, and back what was in force before."""
+
+    def __init__(self, gates: Gates, rows: Tensor | None = None, values: Mapping[str, Tensor] | None = None):
+        gates.attached()
+        self._gates, self._state = gates, (rows, values)
+        self._before: list[tuple[Tensor | None, Mapping[str, Tensor] | None]] = []
+
+    def __enter__(self) -> Gates:
+        self._before.append((self._gates._rows, self._gates._values))
+        self._gates._rows, self._gates._values = self._state
+        return self._gates
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._gates._rows, self._gates._values = self._before.pop()
+
+
+def unit_sums(x: Tensor, site: Site) -> Tensor:
+    """Sum over everything but a site's units: any tensor of the site -> (units,) float64."""
+    moved = x.detach().movedim(site.axis, 0).reshape(site.units, -1)  # (units, block · batch · positions)
+    return moved.sum(1, dtype=torch.float64)
+
+
+def _dtype_and_device(seen: Trace, site: Site) -> tuple[torch.dtype, torch.device]:
+    call = seen.call(site.module)
+    assert call is not None  # `find` chose it because it fired
+    leaves = {leaf.index: leaf for leaf in (call.inputs if site.side == "input" else call.outputs)}
+    leaf = leaves[site.leaf or 0]
+    return (leaf.dtype if leaf.dtype == torch.float64 else torch.float32), leaf.device
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{where} is a ScriptModule, which refuses hooks; attach to the original module")
+        if type(module).__name__ == "OptimizedModule":  # torch.compile
+            raise ModelError(f"{where} is compiled, and hooks attached now would be ignored; attach, then compile")

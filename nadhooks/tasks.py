@@ -1,0 +1,92 @@
+"""What masks belong to: tasks, each with a label (what the data says) and a name (what a person reads)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import TaskError
+
+Label = int | str
+TaskSpec = int | Sequence[Label] | Mapping[Label, str]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Labels and names of tasks, in the order of the masks' rows."""
+
+    labels: tuple[Label, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise TaskError("expected at least one task, got none")
+        for kind, values in (("label", self.labels), ("name", self.names)):
+            if len(set(values)) != len(values):
+                double = next(value for value in values if values.count(value) > 1)
+                raise TaskError(f"expected every task {kind} once, got {double!r} several times")
+
+    @classmethod
+    def of(cls, tasks: TaskSpec) -> Tasks:
+        """From a number K (labels 0..K-1), a sequence of labels, or a mapping from label to name."""
+        if isinstance(tasks, (bool, str, bytes)):
+            raise TaskError(f"tasks: expected a number, a sequence of labels or {{label: name}}, got {tasks!r}")
+        if isinstance(tasks, int):
+            if tasks < 1:
+                raise TaskError(f"tasks: expected a number of at least 1, got {tasks}")
+            return cls(tuple(range(tasks)), tuple(str(label) for label in range(tasks)))
+        if isinstance(tasks, Mapping):
+            return cls(tuple(map(_label, tasks)), tuple(str(name) for name in tasks.values()))
+        if not isinstance(tasks, (Sequence, range)) and not hasattr(tasks, "__iter__"):
+            raise TaskError(f"tasks: expected a number, a sequence of labels or {{label: name}}, got {tasks!r}")
+        labels = tuple(map(_label, tasks))
+        return cls(labels, tuple(str(label) for label in labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def row(self, task: object) -> int:
+        """The row of one task, given by its name or its label."""
+        label = _label(task)
+        if label in self.labels:
+            return self.labels.index(label)
+        if isinstance(label, str) and label in self.names:
+            return self.names.index(label)
+        raise TaskError(f"unknown task {task!r}: expected {self._expected()}")
+
+    def rows(self, labels: object) -> Tensor:
+        """Row of each sample's task: labels (batch,) -> int64 (batch,); one name or label gives (1,)."""
+        if isinstance(labels, Tensor):
+            if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
+                raise TaskError(f"labels: expected integers, got a tensor of {labels.dtype}")
+            if labels.dim() > 1:
+                raise TaskError(f"labels: expected one per sample, shape (batch,), got shape {tuple(labels.shape)}")
+            # one round trip to the host; the few labels of a batch cost less than a look-up on the device would
+            return torch.tensor([self.row(label) for label in labels.reshape(-1).tolist()], dtype=torch.long)
+        if isinstance(labels, (str, int)) or not hasattr(labels, "__iter__"):
+            return torch.tensor([self.row(labels)])
+        return torch.tensor([self.row(label) for label in labels], dtype=torch.long)
+
+    def select(self, rows: Sequence[int]) -> Tasks:
+        return Tasks(tuple(self.labels[row] for row in rows), tuple(self.names[row] for row in rows))
+
+    def _expected(self) -> str:
+        shown = [
+            repr(label) if str(label) == name else f"{label!r} ({name})"
+            for label, name in zip(self.labels[:6], self.names[:6], strict=True)
+        ]
+        more = f", … ({len(self)} in all)" if len(self) > 6 else ""
+        return "one of " + ", ".join(shown) + more
+
+
+def _label(label: object) -> Label:
+    if isinstance(label, Tensor) and label.dim() == 0 and not label.is_floating_point():
+        return int(label)
+    if isinstance(label, str):
+        return label
+    if isinstance(label, Hashable) and hasattr(label, "__index__"):  # int and numpy's integers
+        return int(label)
+    raise TaskError(f"expected a label that is an integer or a name, got {label!r}")

@@ -1,0 +1,225 @@
+"""A dry run: which modules fire, in what order, on tensors of what shape, and which axis holds the units.
+
+Decided from what happens, never from a model's name. The one table here maps layer *types* to the axis of their units.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One floating-point tensor among a module's inputs or outputs."""
+
+    index: int  # its place among the flattened leaves
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    serial: int  # the same number for the same tensor object, wherever it turns up
+
+
+@dataclass
+class Call:
+    """One call of one module during the dry run."""
+
+    name: str
+    module: nn.Module
+    parent: int | None  # index of the call that this one happened in
+    inputs: list[Leaf]
+    outputs: list[Leaf] = field(default_factory=list)
+    bare: bool = False  # the output is a tensor, not a structure of tensors
+    done: int = -1  # rank by completion
+
+
+@dataclass
+class Trace:
+    """What a dry run showed. `calls` are in the order in which they began."""
+
+    model: nn.Module
+    calls: list[Call]
+
+    def __post_init__(self) -> None:
+        self.first: dict[str, int] = {}
+        self.children: dict[int | None, list[int]] = defaultdict(list)
+        self.consumers: dict[int, list[Call]] = defaultdict(list)
+        for index, call in enumerate(self.calls):
+            self.first.setdefault(call.name, index)
+            self.children[call.parent].append(index)
+            for leaf in call.inputs:
+                self.consumers[leaf.serial].append(call)
+
+    def call(self, name: str) -> Call | None:
+        """The first call of that module, None when it never fired."""
+        return self.calls[self.first[name]] if name in self.first else None
+
+    def fired(self) -> list[Call]:
+        """The first call of every module that fired, in the order in which those calls ended."""
+        return sorted((self.calls[index] for index in self.first.values()), key=lambda call: call.done)
+
+    def inside(self, call: Call) -> Iterator[Call]:
+        """That call and all calls that happened within it."""
+        yield call
+        for index in self.children[self.first[call.name]]:
+            yield from self.inside(self.calls[index])
+
+    def axis(self, call: Call, leaf: Leaf) -> int | None:
+        """The axis of an output leaf that holds its units, None unless the evidence gives exactly one.
+
+        First what made the tensor: the last layer of a known type that ran inside the module (for a module without
+        layers: before it). Then who takes it: a layer of a known type whose input is that very tensor.
+        """
+        inside = [made for made in self.inside(call) if layer_axis(made.module, 4) is not None]
+        made_by = inside or [c for c in self.calls if c.done < call.done and layer_axis(c.module, 4) is not None]
+        for maker in sorted(made_by, key=lambda c: c.done)[-1:]:
+            axis = _axis_like(leaf.shape, maker)
+            if axis is not None:
+                return axis
+        for taker in self.consumers[leaf.serial]:
+            axis = layer_axis(taker.module, len(leaf.shape))
+            if axis is not None and leaf.shape[axis] == input_units(taker.module):
+                return axis
+        return None
+
+
+def _axis_like(shape: tuple[int, ...], maker: Call) -> int | None:
+    """The axis of `shape` that corresponds to the unit axis of the layer that made it."""
+    made = maker.outputs[0].shape if maker.outputs else ()
+    axis = layer_axis(maker.module, len(made))
+    if axis is None or axis >= len(made):
+        return None
+    if len(shape) == len(made):
+        others_agree = all(a == b for i, (a, b) in enumerate(zip(shape, made, strict=True)) if i != axis)
+        # equal size: the layer's own units; another size but all else equal: several such outputs concatenated
+        return axis if shape[axis] == made[axis] or others_agree else None
+    candidates = [i for i in range(1, len(shape)) if shape[i] == made[axis]]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def layer_axis(module: nn.Module, ndim: int) -> int | None:
+    """The axis of the units in an `ndim`-dimensional output of a layer, None for types that are not layers."""
+    if isinstance(module, _ConvNd):
+        return ndim - 1 - len(module.kernel_size)
+    if isinstance(module, nn.Linear):
+        return ndim - 1
+    if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm)):
+        return 1
+    if re.search(r"Norm.*[123]d$", type(module).__name__):  # LayerNorm2d subclasses LayerNorm, but is channels-first
+        return 1
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return ndim - 1
+    return None
+
+
+def input_units(module: nn.Module) -> int | None:
+    """How many units a layer expects on that axis of its input."""
+    for attribute in ("in_channels", "in_features", "num_features", "num_channels"):
+        size = getattr(module, attribute, None)
+        if isinstance(size, int):
+            return size
+    shape = getattr(module, "normalized_shape", None)
+    return int(shape[-1]) if isinstance(shape, (tuple, list)) and shape else None
+
+
+def call_model(model: nn.Module, example: Any) -> Any:
+    """The forward arguments as users write them: a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(example, dict):
+        return model(**example)
+    if isinstance(example, (tuple, list)):
+        return model(*example)
+    return model(example)
+
+
+def trace(model: nn.Module, example: Any) -> Trace:
+    """Runs the model once, in eval mode and without gradients, and records every module call.
+
+    Leaves the training flags, the buffers, the hooks and the random state as they were.
+    """
+    serials, numbers = WeakTensorKeyDictionary(), count()
+    calls: list[Call] = []
+    open_calls: list[int] = []
+    finished = 0
+
+    def leaves(values: Any) -> list[Leaf]:
+        found = []
+        for index, value in enumerate(pytree.tree_leaves(values)):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if value not in serials:
+                    serials[value] = next(numbers)
+                found.append(Leaf(index, tuple(value.shape), value.dtype, value.device, serials[value]))
+        return found
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(Call(name, module, open_calls[-1] if open_calls else None, leaves((args, kwargs))))
+        open_calls.append(len(calls) - 1)
+
+    def after(output: Any) -> None:
+        nonlocal finished
+        call = calls[open_calls.pop()]
+        call.outputs, call.bare, call.done = leaves(output), isinstance(output, Tensor), finished
+        finished += 1
+
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.no_grad())
+        for name, module in model.named_modules():
+            enter = module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: before(name, module, args, kwargs), with_kwargs=True
+            )
+            stack.callback(enter.remove)
+            leave = module.register_forward_hook(lambda module, args, output: after(output))
+            stack.callback(leave.remove)
+        try:
+            call_model(model, example)
+        except Exception as error:
+            shapes = [tuple(value.shape) for value in pytree.tree_leaves(example) if isinstance(value, Tensor)]
+            raise ModelError(
+                f"the model failed on the example input (shapes {shapes}): {error}; "
+                "pass example= with forward arguments that it accepts"
+            ) from error
+    return Trace(model, calls)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every training flag and the random state as found afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices):
+            for module, _ in flags:
+                module.training = False
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def has_weights(module: nn.Module) -> bool:
+    """A leaf with weights that mixes its inputs: a convolution or a linear layer, whatever its class."""
+    return isinstance(module, (_ConvNd, nn.Linear))
+
+
+def never_fired(trace: Trace) -> Sequence[str]:
+    """Modules with parameters of their own that did not fire: used functionally, in training only, or not at all."""
+    return [
+        name
+        for name, module in trace.model.named_modules()
+        if name not in trace.first and any(True for _ in module.parameters(recurse=False))
+    ]

@@ -1,0 +1,229 @@
+"""The only file that knows timm and torchvision by name: models, their inputs and their transforms."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+Transform = Callable[[Any], Tensor]
+
+
+def load_model(spec: str, *, weights: str | None = None, pretrained: bool = False) -> nn.Module:
+    """A model in eval mode from `timm:NAME`, `torchvision:NAME` or `file.py:factory`.
+
+    Keyword arguments for the constructor may follow the name: `timm:resnet18,num_classes=10,in_chans=1`.
+    weights: a safetensors file or a state_dict, loaded with `weights_only=True`. pretrained: from timm's or
+    torchvision's hub. Raises ModelError.
+    """
+    source, _, rest = spec.partition(":")
+    name, *settings = rest.split(",")
+    if not name:
+        raise ModelError(f"expected timm:NAME, torchvision:NAME or file.py:factory, got {spec!r}")
+    options = dict(_setting(setting) for setting in settings)
+    if source == "timm":
+        model = _timm_model(name, pretrained, options)
+    elif source == "torchvision":
+        model = _torchvision_model(name, pretrained, options)
+    elif source.endswith(".py"):
+        if pretrained:
+            raise ModelError(
+                "pretrained weights exist for timm: and torchvision: models; pass the weights' file instead"
+            )
+        model = _call(spec, getattr(_module_from(source), name, None), options)
+    else:
+        raise ModelError(f"expected timm:NAME, torchvision:NAME or file.py:factory, got {spec!r}")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec} made a {type(model).__name__}, expected a torch.nn.Module")
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Loads a safetensors file or a state_dict (also under the key "state_dict"), strictly. Raises ModelError."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise ModelError(f"no weights file {path}") from error
+    except Exception as error:  # unpickling and safetensors raise many kinds
+        raise ModelError(f"the weights in {path} cannot be loaded into this model: {error}") from error
+
+
+def example_for(model: nn.Module) -> Tensor:
+    """An input of shape (1, channels, height, width) as the model itself describes it, on its device.
+
+    Raises ModelError for models of neither zoo that say nothing about their input.
+    """
+    size = _input_size(model)
+    if size is None:
+        raise ModelError(
+            f"nothing tells what input {type(model).__name__} takes; pass example=, the forward arguments "
+            "(a tensor, a tuple or a dict), for instance example=images[:1]"
+        )
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))  # the global random state is the user's
+    return noise.to(device=like.device, dtype=like.dtype)
+
+
+def transform_for(model: nn.Module, spec: str = "") -> Transform:
+    """The evaluation transform (image -> (channels, height, width)) that belongs to a model.
+
+    timm's `resolve_data_config`, torchvision's weights' transforms, or the function `transform` of `file.py:factory`.
+    """
+    source = spec.partition(":")[0]
+    if source.endswith(".py"):
+        transform = getattr(_module_from(source), "transform", None)
+        if callable(transform):
+            return transform
+    size = _input_size(model)
+    if size is None:
+        raise ModelError(
+            f"nothing tells how images become inputs of this model; define a function `transform` in {source}"
+        )
+    from torchvision import transforms
+
+    channels = transforms.Grayscale(1) if size[0] == 1 else transforms.Lambda(lambda image: image.convert("RGB"))
+    if hasattr(model, "pretrained_cfg"):
+        import timm
+
+        config = timm.data.resolve_data_config(model=model) | {"input_size": size}
+        if size[0] == 1:
+            config |= {key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}
+        return transforms.Compose([channels, timm.data.create_transform(**config, is_training=False)])
+    weights = _torchvision_weights(model, spec.partition(":")[2].partition(",")[0])
+    preset = (
+        weights.transforms()
+        if weights is not None
+        else transforms.Compose([transforms.Resize(size[1:]), transforms.ToTensor()])
+    )
+    return transforms.Compose([channels, preset])
+
+
+def class_index_of(model: nn.Module) -> dict[str, int]:
+    """{class name or WordNet id: output index} where the zoo knows them (ImageNet's 1,000 classes), else empty."""
+    outputs = getattr(model, "num_classes", None)
+    if not hasattr(model, "pretrained_cfg"):
+        weights = _torchvision_weights(model, "")
+        names = weights.meta.get("categories", []) if weights is not None else []
+        known = {name: index for index, name in enumerate(names)}
+        outputs = len(names) or None
+    else:
+        known = {}
+    if outputs == 1000:
+        from timm.data import ImageNetInfo
+
+        known |= {wordnet: index for index, wordnet in enumerate(ImageNetInfo().label_names())}
+    return known
+
+
+def _timm_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise ModelError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}")
+    return _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained} | options)
+
+
+def _torchvision_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise ModelError(f"torchvision has no model {name!r}{_did_you_mean(name, models.list_models())}")
+    chosen: dict[str, Any] = {"name": name, "weights": "DEFAULT" if pretrained else None}
+    if name in ("googlenet", "inception_v3") and not pretrained:
+        chosen["init_weights"] = True  # says nothing new, but silences a warning about a future default
+    return _call(f"torchvision:{name}", models.get_model, chosen | options)
+
+
+def _call(spec: str, factory: Any, options: dict[str, Any]) -> Any:
+    if not callable(factory):
+        raise ModelError(f"{spec}: there is no such function")
+    try:
+        return factory(**options)
+    except Exception as error:  # constructors and downloads raise anything
+        raise ModelError(f"{spec} cannot be made: {type(error).__name__}: {error}") from error
+
+
+def _module_from(path: str) -> Any:
+    if not Path(path).is_file():
+        raise ModelError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(f"nadhooks_user_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path} is not a Python file")
+    if spec.name not in sys.modules:
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # it is the user's program
+            raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        sys.modules[spec.name] = module
+    return sys.modules[spec.name]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ModelError(f"expected key=value behind the model's name, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _did_you_mean(name: str, names: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, names, 3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """(channels, height, width) that the model takes, from what it says of itself."""
+    wrapped = getattr(model, "module", None)
+    inner = wrapped if isinstance(wrapped, nn.Module) else model  # DataParallel and DDP
+    config = getattr(inner, "pretrained_cfg", None)
+    size: tuple[int, int] | None = None
+    if isinstance(config, dict) and config.get("input_size"):
+        size = tuple(config["input_size"])[1:]
+        built_for = getattr(getattr(inner, "patch_embed", None), "img_size", None)  # timm.create_model(img_size=…)
+        size = tuple(built_for) if built_for else size
+    elif type(inner).__module__.startswith("torchvision.models"):
+        built_for = getattr(inner, "image_size", None)
+        weights = _torchvision_weights(inner, "")
+        crop = getattr(weights.transforms(), "crop_size", None) if weights is not None else None
+        size = (built_for, built_for) if isinstance(built_for, int) else (crop[0], crop[0]) if crop else None
+    if size is None:
+        return None
+    first = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)
+    return (first.in_channels if first is not None else 3, *size)
+
+
+def _torchvision_weights(model: nn.Module, name: str) -> Any:
+    """The default weights of a builder: the named one, or one of the module that the model's class comes from."""
+    if not type(model).__module__.startswith("torchvision.models"):
+        return None
+    from torchvision import models
+
+    for builder in [name] if name else models.list_models():
+        if not name and models.get_model_builder(builder).__module__ != type(model).__module__:
+            continue
+        weights = models.get_model_weights(builder)
+        if len(weights):
+            return weights.DEFAULT
+    return None
