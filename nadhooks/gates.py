@@ -11,6 +11,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from . import zoo
 from ._version import __version__
@@ -157,10 +158,12 @@ class Gates:
         self._values: Mapping[str, Tensor] | None = None  # gates that were handed over instead
         self._shut: dict[str, Tensor] = {}  # site -> (units,) bool
         self._watch: Callable[[Site, Tensor], None] | None = None
-        with ExitStack() as stack:
+        self._handles: list[RemovableHandle] = []
+        with ExitStack() as undo:
             for site in self.sites:
-                stack.callback(on_site(model, site, _SiteGate(self, site)).remove)
-            self._handles = stack.pop_all()
+                self._handles.append(on_site(model, site, _SiteGate(self, site)))
+                undo.callback(self._handles[-1].remove)
+            undo.pop_all()
 
     # --- learning ---
 
@@ -299,7 +302,8 @@ class Gates:
 
     def detach(self) -> None:
         """Removes every hook. The logits stay, and so do masks; detaching again does nothing."""
-        self._handles.close()
+        for handle in self._handles:
+            handle.remove()
         self.model = None
 
     def __enter__(self) -> Gates:

@@ -99,6 +99,11 @@ class Masks:
             and all(torch.equal(self.means[name], other.means[name]) for name in self.means)
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Read-only mappings neither pickle nor copy; what they were made from does."""
+        values, means, origin = dict(self.values), dict(self.means), dict(self.provenance)
+        return Masks, (self.sites, values, self.task_rows, self.wiring, self.closed, means, origin)
+
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -158,10 +163,15 @@ class Masks:
             raise TaskError(f"expected masks of {len(self)} tasks or of one, got {len(other)}")
         return self.replaced({name: combine(value, other[name].to(value.dtype)) for name, value in self.values.items()})
 
-    def replaced(self, values: Mapping[str, Tensor], tasks: Tasks | None = None) -> Masks:
-        """The same sites, wiring, closed values and origin with other values, and tasks if given."""
-        tasks = tasks or self.task_rows
-        return Masks(self.sites, values, tasks, self.wiring, self.closed, self.means, self.provenance)
+    def replaced(
+        self,
+        values: Mapping[str, Tensor],
+        tasks: Tasks | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Masks:
+        """The same sites, wiring and closed values with other values, and other tasks and origin if given."""
+        origin = self.provenance if provenance is None else provenance
+        return Masks(self.sites, values, tasks or self.task_rows, self.wiring, self.closed, self.means, origin)
 
     # --- files ---
 

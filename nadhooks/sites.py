@@ -349,13 +349,16 @@ def _segment_ends(trace: Trace) -> list[str]:
     """For plain stacks of layers: the last module before each next layer whose units are the last layer's."""
     ends: list[str] = []
     candidate: str | None = None
+    units: int | None = None
     for call in trace.fired():
-        if list(call.module.children()):
+        if list(call.module.children()) or not call.outputs:
             continue
+        leaf = call.outputs[0]
+        axis = trace.axis(call, leaf)
         if has_weights(call.module):
             ends += [candidate] if candidate else []
-            candidate = call.name
-        elif candidate and call.outputs and trace.axis(call, call.outputs[0]) is not None:
+            candidate, units = call.name, None if axis is None else leaf.shape[axis]
+        elif candidate and axis is not None and leaf.shape[axis] == units:
             candidate = call.name
     return ends  # the last segment is the model's own output
 

@@ -83,7 +83,8 @@ class Trace:
         """The axis of an output leaf that holds its units, None unless the evidence gives exactly one.
 
         First what made the tensor: the last layer of a known type that ran inside the module (for a module without
-        layers: before it). Then who takes it: a layer of a known type whose input is that very tensor.
+        layers: before it). Then who takes it: a layer of a known type whose input is that very tensor, or what an
+        activation made of it.
         """
         inside = [made for made in self.inside(call) if layer_axis(made.module, 4) is not None]
         made_by = inside or [c for c in self.calls if c.done < call.done and layer_axis(c.module, 4) is not None]
@@ -91,11 +92,19 @@ class Trace:
             axis = _axis_like(leaf.shape, maker)
             if axis is not None:
                 return axis
-        for taker in self.consumers[leaf.serial]:
+        for taker in self._takers(leaf):
             axis = layer_axis(taker.module, len(leaf.shape))
             if axis is not None and leaf.shape[axis] == input_units(taker.module):
                 return axis
         return None
+
+    def _takers(self, leaf: Leaf) -> Iterator[Call]:
+        """The calls that take a tensor, also behind modules without layers that keep its shape (activations)."""
+        for call in self.consumers[leaf.serial]:
+            yield call
+            same = [out for out in call.outputs if out.shape == leaf.shape and out.serial != leaf.serial]
+            if layer_axis(call.module, 4) is None and not list(call.module.children()) and same:
+                yield from self._takers(same[0])
 
 
 def _axis_like(shape: tuple[int, ...], maker: Call) -> int | None:

@@ -56,11 +56,11 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
     rank = {INPUT: -1, OUTPUT: len(sites)} | {site.name: index for index, site in enumerate(sites)}
     graph = nx.DiGraph()
     graph.add_nodes_from([INPUT, *(site.name for site in sites), OUTPUT])
-    for target, start in behind:
-        for source in _sources(start, owners):
-            # a module that is called again feeds its own earlier calls: first-call order keeps the graph acyclic
-            if rank[source] < rank[target]:
-                graph.add_edge(source, target, found="autograd")
+    edges = {(source, target) for target, start in behind for source in _sources(start, owners)}
+    for source, target in sorted(edges, key=lambda edge: (rank[edge[1]], rank[edge[0]])):
+        # a module that is called again feeds its own earlier calls: first-call order keeps the graph acyclic
+        if rank[source] < rank[target]:
+            graph.add_edge(source, target, found="autograd")
     return nx.freeze(graph)
 
 

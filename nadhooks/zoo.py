@@ -25,10 +25,10 @@ def load_model(spec: str, *, weights: str | None = None, pretrained: bool = Fals
     torchvision's hub. Raises ModelError.
     """
     source, _, rest = spec.partition(":")
-    name, *settings = rest.split(",")
+    name, _, settings = rest.partition(",")
     if not name:
         raise ModelError(f"expected timm:NAME, torchvision:NAME or file.py:factory, got {spec!r}")
-    options = dict(_setting(setting) for setting in settings)
+    options = _options(settings)
     if source == "timm":
         model = _timm_model(name, pretrained, options)
     elif source == "torchvision":
@@ -79,6 +79,14 @@ def example_for(model: nn.Module) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))  # the global random state is the user's
     return noise.to(device=like.device, dtype=like.dtype)
+
+
+def set_image_size(model: nn.Module, size: int) -> None:
+    """Has `example_for` and `transform_for` use square images of another size, where the model takes any."""
+    known = _input_size(model)
+    config = getattr(model, "pretrained_cfg", None)
+    channels = known[0] if known else 3
+    model.pretrained_cfg = {**(config if isinstance(config, dict) else {}), "input_size": (channels, size, size)}  # type: ignore[assignment]
 
 
 def transform_for(model: nn.Module, spec: str = "") -> Transform:
@@ -176,14 +184,18 @@ def _module_from(path: str) -> Any:
     return sys.modules[spec.name]
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ModelError(f"expected key=value behind the model's name, got {text!r}")
+def _options(text: str) -> dict[str, Any]:
+    """`num_classes=10,channels=(32,64)` as keyword arguments; words without quotes are strings."""
     try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(word.arg for word in call.keywords):
+            raise ValueError("not keyword arguments")
+        return {
+            str(word.arg): word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
+            for word in call.keywords
+        }
+    except (SyntaxError, ValueError) as error:
+        raise ModelError(f"expected key=value,key=value behind the model's name, got {text!r}") from error
 
 
 def _did_you_mean(name: str, names: list[str]) -> str:

@@ -42,7 +42,7 @@ def to_dot(graph: nx.DiGraph) -> str:
 
 def _title(graph: nx.DiGraph) -> str:
     tasks = graph.graph.get("tasks", [])
-    model = graph.graph.get("model", "").rpartition(".")[2]
+    model = graph.graph.get("model", "").partition(",")[0].rpartition(".")[2]
     kept = sum(data["kept"] for _, data in graph.nodes(data=True))
     units = sum(data["units"] for _, data in graph.nodes(data=True))
     if len(tasks) == 1:
@@ -55,7 +55,9 @@ def _title(graph: nx.DiGraph) -> str:
     head = f'<TD ALIGN="LEFT">{_escaped(f"{model}, {line}" if model else line)}</TD>'
     width = sum(width + 2 for width, _ in legend)
     # sizes are fixed: Graphviz would stretch the legend to the width of the title
-    key = f'<TABLE BORDER="0" CELLSPACING="2" CELLPADDING="0" FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="18">'
+    key = (
+        f'<TABLE ALIGN="LEFT" BORDER="0" CELLSPACING="2" CELLPADDING="0" FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="18">'
+    )
     return (
         f'<TABLE BORDER="0" CELLSPACING="2" CELLPADDING="1"><TR>{head}</TR>'
         f'<TR><TD ALIGN="LEFT">{key}<TR>{"".join(cell for _, cell in legend)}</TR></TABLE></TD></TR></TABLE>'

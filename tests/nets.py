@@ -1,0 +1,92 @@
+"""Small networks made by hand, in float64, for exact expectations."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Line(nn.Module):
+    """Convolution, ReLU (in place), convolution, ReLU, pooling, classifier: (batch, 2, 6, 6) -> (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1)
+        self.act2 = nn.ReLU()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act1(self.conv1(x))
+        return self.head(self.act2(self.conv2(x)).mean((2, 3)))
+
+
+class Split(nn.Module):
+    """Two branches from one stem, summed, and a shortcut: stem feeds left and right, all three feed join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.left = nn.Linear(6, 6)
+        self.right = nn.Linear(6, 6)
+        self.unused = nn.Linear(6, 6)
+        self.join = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.join(self.left(x).relu() + self.right(x).relu() + x)
+
+
+class Pair(nn.Module):
+    """Puts out a tuple, so that its sites have leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Both()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.both(x)
+        return self.head(left + right)
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 5), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
+class Mlp(nn.Module):
+    """(batch, 4) -> (batch, 3) with one hidden site `act` of `hidden` units."""
+
+    def __init__(self, hidden: int = 7) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(4, hidden)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(hidden, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def seeded(kind: type[Net], seed: int = 0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind().double().eval()
+
+
+def images(batch: int = 6, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(batch: int = 6, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

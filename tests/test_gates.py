@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import nadhooks
+from nadhooks.errors import ModelError, SiteError, TaskError
+from nadhooks.gates import gate
+
+from .nets import Line, Mlp, Pair, images, seeded, vectors
+
+SITES = ["conv1", "act2"]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_gate_scales_units_and_mixes_in_closed_values() -> None:
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    g = torch.tensor([[1.0, 0.5, 0.0]])
+    closed = torch.tensor([10.0, 20.0, 30.0])
+    expected = torch.stack([x[:, 0], 0.5 * x[:, 1] + 10, torch.full((2, 2), 30.0)], 1)
+    assert torch.equal(gate(x, g, 1, closed=closed), expected)
+
+
+def test_gate_takes_blocks_and_windows() -> None:
+    x = torch.ones(4, 2, 6)  # two samples of two windows each, two units of three positions
+    g = torch.tensor([[0.0, 1.0], [1.0, 0.5]])
+    out = gate(x, g, 2, block=3)
+    assert out[:2].sum() == 2 * 2 * 3
+    assert torch.equal(out[2, 0], torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]))
+    assert torch.equal(out[2], out[3])
+
+
+def test_gate_keeps_the_dtype_of_what_it_gates() -> None:
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert gate(x, torch.ones(1, 3), 1, closed=torch.zeros(3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("closed", ["zero", "mean"])
+def test_open_gates_leave_outputs_as_they_are(closed: nadhooks.gates.Closed) -> None:
+    model, x = seeded(Line), images()
+    bare = model(x)
+    with nadhooks.attach(model, SITES, tasks=3, closed=closed, example=x) as gates:
+        assert torch.equal(model(x), bare)
+        if closed == "mean":
+            gates.calibrate([x])
+        with gates(torch.tensor([0, 1, 2, 0, 1, 2])):
+            assert torch.equal(model(x), bare)
+
+
+def test_each_sample_goes_through_its_own_tasks_gates() -> None:
+    model, x = seeded(Line), images()
+    labels = torch.tensor([2, 0, 1, 1, 2, 0])
+    with nadhooks.attach(model, SITES, tasks=3, example=x) as gates:
+        for parameter in gates.parameters():
+            parameter.data = torch.rand_like(parameter)
+        with gates(labels):
+            together = model(x)
+        for sample, label in enumerate(labels.tolist()):
+            with gates(label):
+                torch.testing.assert_close(model(x[sample : sample + 1])[0], together[sample], rtol=0, atol=1e-14)
+
+
+def test_a_closed_unit_puts_out_zero_or_its_mean_and_nothing_else_changes() -> None:
+    model, x = seeded(Line), images()
+    seen: dict[str, torch.Tensor] = {}
+    with nadhooks.attach(model, SITES, example=x) as gates:
+        with gates.watch(lambda site, tensor: seen.update({site.name: tensor.clone()})):
+            model(x)
+            whole = dict(seen)
+            with gates.close("conv1", [1, 3]):
+                model(x)
+        assert (seen["conv1"][:, [1, 3]] == 0).all()
+        assert torch.equal(seen["conv1"][:, [0, 2]], whole["conv1"][:, [0, 2]])
+        gates.calibrate([x[:4], x[4:]])
+        with gates.watch(lambda site, tensor: seen.update({site.name: tensor.clone()})), gates.close("act2", 2):
+            model(x)
+        mean = whole["act2"][:, 2].detach().mean()
+        torch.testing.assert_close(seen["act2"][:, 2], torch.full_like(seen["act2"][:, 2], float(mean)))
+
+
+def test_closes_combine_with_each_other_and_with_tasks() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates:
+        gates.logits["act"].data[1, 0] = 0
+        with gates(1), gates.close("act", 1), gates.close("act", torch.arange(7) == 2):
+            once = model(x)
+        with gates.close("act", [0, 1, 2]):
+            assert torch.equal(model(x), once)
+        assert gates._shut == {}
+
+
+def test_the_innermost_gates_count_and_the_outer_ones_come_back() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates:
+        gates.logits["act"].data[1] = 0
+        with gates(1):
+            shut = model(x)
+            with gates(0):
+                assert not torch.equal(model(x), shut)
+            assert torch.equal(model(x), shut)
+        assert not torch.equal(model(x), shut)
+
+
+def test_gradients_reach_open_gates_and_lead_back_from_outside() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", example=x) as gates:
+        logits = gates.logits["act"]
+        logits.data[0, 0], logits.data[0, 1] = 1.5, -0.5
+        with gates(0):
+            model(x).square().sum().backward()
+        assert logits.grad is not None
+        assert (logits.grad[0, 2:] != 0).any()
+        values = torch.tensor([[1.5, 1.5, -0.5, -0.5, 1.0, 0.0]], requires_grad=True)
+        clipped = nadhooks.gates._Clip.apply(values)
+        clipped.backward(torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0, 1.0]]))  # type: ignore[union-attr]
+        assert values.grad is not None
+        assert values.grad.tolist() == [[1, 0, 0, -1, -1, 1]]  # only what leads back into [0, 1], or starts there
+
+
+def test_gates_learn_in_an_ordinary_training_loop() -> None:
+    model, x = seeded(Mlp), vectors(64)
+    labels = model(x).argmax(1)
+    with nadhooks.attach(model, "act", tasks=3, example=x) as gates:
+        optimizer = torch.optim.Adam(gates.parameters(), 0.05)
+        for _ in range(60):
+            with gates(labels):
+                loss = nn.functional.cross_entropy(model(x), labels)
+            penalty = nadhooks.objectives.squared_gates(gates.values()).mean()
+            optimizer.zero_grad()
+            (loss + 0.3 * penalty).backward()
+            optimizer.step()
+        masks = gates.masks().hard()
+        gates.load(masks)
+        with gates(labels):
+            right = (model(x).argmax(1) == labels).double().mean()
+    assert float(masks.kept().mean()) < 0.8
+    assert float(right) > 0.9
+
+
+def test_loaded_gates_are_exactly_the_masks_and_act() -> None:
+    model, x = seeded(Line), images()
+    with nadhooks.attach(model, SITES, tasks=2, example=x) as gates:
+        for parameter in gates.parameters():
+            parameter.data = torch.rand_like(parameter)
+        masks = gates.masks()
+        with gates(1):
+            soft = model(x)
+    with nadhooks.attach(model, masks.sites, example=x) as again:
+        again.load(masks)
+        assert again.tasks == masks.tasks
+        for site in masks.sites:
+            assert torch.equal(again.masks()[site.name], masks[site.name])
+        with again(1):
+            assert torch.equal(model(x), soft)
+
+
+def test_loading_keeps_the_optimisers_parameters() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates:
+        before = gates.parameters()
+        gates.load(gates.masks().hard())
+        assert all(a is b for a, b in zip(before, gates.parameters(), strict=True))
+
+
+def test_masks_of_other_sites_are_refused_by_name() -> None:
+    x = vectors()
+    with nadhooks.attach(seeded(Mlp), "act", example=x) as gates:
+        masks = gates.masks()
+    with nadhooks.attach(seeded(Mlp), "fc2", example=x) as other, pytest.raises(SiteError, match=r"fc2.*act \(7 units"):
+        other.load(masks)
+    with pytest.raises(SiteError, match="act: expected 7 positions on axis 1, got"):
+        nadhooks.attach(Mlp(hidden=9).double(), masks.sites, example=x)
+
+
+def test_detach_restores_the_model_and_may_be_repeated() -> None:
+    model, x = seeded(Line), images()
+    model.train()
+    model.act2.eval()
+    model.conv1.weight.requires_grad_(False)
+    flags = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    random = torch.random.get_rng_state()
+    gates = nadhooks.attach(model, SITES, example=x)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    gates.detach()
+    gates.detach()
+    assert hooks(model) == 0
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert not model.conv1.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(nadhooks.NadhooksError, match="detached"), gates(0):
+        pass
+
+
+def test_failed_attach_leaves_no_hooks() -> None:
+    class Refuses(nn.ReLU):
+        def register_forward_hook(self, hook, **kwargs):  # type: ignore[no-untyped-def]
+            if isinstance(hook, nadhooks.hooking.SiteHook) and isinstance(hook.change, nadhooks.gates._SiteGate):
+                raise RuntimeError("no hooks here")
+            return super().register_forward_hook(hook, **kwargs)
+
+    model = seeded(Line)
+    model.act2 = Refuses()
+    model.train()
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        nadhooks.attach(model, SITES, example=images())
+    assert hooks(model) == 0
+    assert all(module.training for module in model.modules())
+
+
+def test_failed_forward_leaves_no_hooks() -> None:
+    model = seeded(Line)
+    with pytest.raises(ModelError, match=r"failed on the example input .*\(6, 4\).*pass example="):
+        nadhooks.attach(model, SITES, example=vectors())
+    assert hooks(model) == 0
+
+
+def test_tuple_outputs_have_one_site_per_leaf() -> None:
+    model, x = seeded(Pair), vectors()
+    with nadhooks.attach(model, "both", example=x) as gates:
+        assert [site.name for site in gates.sites] == ["both[0]", "both[1]"]
+        with gates.close("both[1]", range(5)):
+            torch.testing.assert_close(model(x), model.head(model.both.left(x)), rtol=0, atol=0)
+
+
+def test_gated_models_copy_and_pickle() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", example=x) as gates:
+        clone = copy.deepcopy(model)
+        pickled = pickle.loads(pickle.dumps(model))
+        with gates.close("act", range(7)):
+            assert torch.equal(clone(x), pickled(x))  # a copy has gates of its own, which stay open
+            assert not torch.equal(model(x), clone(x))
+
+
+def test_float32_gates_do_not_promote_under_autocast() -> None:
+    model, x = Mlp(), vectors().float()
+    with nadhooks.attach(model, "fc1", example=x) as gates, torch.autocast("cpu", dtype=torch.bfloat16):
+        bare = model(x)
+        with gates(0):
+            gated = model(x)
+    assert gated.dtype == bare.dtype == torch.bfloat16
+    assert torch.equal(gated, bare)
+
+
+def test_user_hooks_see_the_gated_tensor() -> None:
+    model, x = seeded(Mlp), vectors()
+    seen: list[torch.Tensor] = []
+    model.act.register_forward_hook(lambda module, args, output: seen.append(output))
+    with nadhooks.attach(model, "act", example=x) as gates, gates.close("act", range(7)):
+        seen.clear()
+        model(x)
+    assert (seen[0] == 0).all()
+
+
+def test_own_estimators_go_through_apply() -> None:
+    model, x = seeded(Mlp), vectors()
+    scores = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    with nadhooks.attach(model, "act", example=x) as gates:
+        with gates.apply({"act": scores.sigmoid()}):
+            model(x).sum().backward()
+        assert scores.grad is not None
+        with pytest.raises(SiteError, match=r"act: expected gates of shape \(7,\) or \(batch, 7\), got \(6,\)"):
+            gates.apply({"act": torch.ones(6)})
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (3, r"unknown task 3: expected one of 0, 1, 2"),
+        ("shoe", r"unknown task 'shoe'"),
+        (torch.tensor([0, 7]), r"unknown task 7"),
+        (torch.tensor([0.5]), r"expected integers"),
+        (torch.zeros(2, 2, dtype=torch.long), r"shape \(batch,\), got shape \(2, 2\)"),
+    ],
+)
+def test_unknown_labels_are_named(labels: object, message: str) -> None:
+    with (
+        nadhooks.attach(seeded(Mlp), "act", tasks=3, example=vectors()) as gates,
+        pytest.raises(TaskError, match=message),
+    ):
+        gates(labels)
+
+
+def test_labels_of_the_wrong_length_are_named() -> None:
+    model, x = seeded(Mlp), vectors(6)
+    with (
+        nadhooks.attach(model, "act", tasks=3, example=x) as gates,
+        gates(torch.tensor([0, 1, 2, 0])),
+        pytest.raises(TaskError, match=r"expected 4 samples on axis 0.*\(6, 7\)"),
+    ):
+        model(x)
+
+
+def test_tasks_have_labels_and_names() -> None:
+    with nadhooks.attach(seeded(Mlp), "act", tasks={3: "cat", 8: "dog"}, example=vectors(1)) as gates:
+        assert gates.tasks == ("cat", "dog")
+        gates("dog"), gates(8), gates([3]), gates(["cat"])
+        masks = gates.masks()
+    assert masks.labels == (3, 8)
+
+
+def test_mean_without_calibration_says_how() -> None:
+    model, x = seeded(Mlp), vectors()
+    with (
+        nadhooks.attach(model, "act", closed="mean", example=x) as gates,
+        gates.close("act", 0),
+        pytest.raises(nadhooks.NadhooksError, match=r"call gates.calibrate"),
+    ):
+        model(x)
+
+
+def test_close_refuses_units_that_do_not_exist() -> None:
+    with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates:
+        with pytest.raises(SiteError, match="expected units from 0 to 6, got 7"), gates.close("act", 7):
+            pass
+        with pytest.raises(SiteError, match="no site 'fc9': the sites are act"), gates.close("fc9", 0):
+            pass
+
+
+def test_models_that_cannot_be_hooked_are_refused() -> None:
+    x = vectors().float()
+    scripted = torch.jit.trace(Mlp(), x)
+    with pytest.raises(ModelError, match="ScriptModule"):
+        nadhooks.attach(scripted, "act", example=x)
+    with pytest.raises(ModelError, match="attach, then compile"):
+        nadhooks.attach(torch.compile(Mlp()), "act", example=x)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"expected a torch.nn.Module, got str"):
+        nadhooks.attach("resnet18", example=x)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"nothing tells what input Mlp takes; pass example="):
+        nadhooks.attach(Mlp(), "act")

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nadhooks
+from nadhooks import methods, objectives
+from nadhooks.errors import LearningError, ModelError, NadhooksError, SiteError, TaskError
+from nadhooks.learning import Progress
+from nadhooks.sampling import generator
+
+from .nets import Mlp, seeded, vectors
+
+HIDDEN = 7
+Loader = list[tuple[Tensor, Tensor]]
+
+
+def loader(samples: int = 96, batch: int = 13) -> Loader:
+    """Vectors with the labels that the network itself gives them, and some wrong ones."""
+    x = vectors(samples, seed=3)
+    labels = seeded(Mlp)(x).argmax(1).detach()
+    labels[::7] = (labels[::7] + 1) % 3
+    return list(zip(x.split(batch), labels.split(batch), strict=True))
+
+
+def by_hand(model: Mlp, data: Loader, label: int, beta: float, epochs: int, batch: int, seed: int) -> tuple[Tensor, int]:
+    """The paper's formula for one task and one site, written out with nothing of nadhooks but the first logits."""
+    x = torch.cat([images[labels == label] for images, labels in data])
+    logits = torch.randn(HIDDEN, generator=generator(seed, label), dtype=torch.float64)
+    skipped = 0
+    for _ in range(epochs):
+        for images in x.split(batch):
+            hidden = F.relu(images @ model.fc1.weight.T + model.fc1.bias).detach()  # (batch, hidden)
+            teacher = (hidden @ model.fc2.weight.T + model.fc2.bias).detach()
+            right = teacher.argmax(1) == label
+            if not right.any():
+                skipped += 1
+                continue
+            m = logits.clone().requires_grad_()
+            gate = 1 / (1 + torch.exp(-m))
+            student = (hidden * gate) @ model.fc2.weight.T.detach() + model.fc2.bias.detach()
+            entropy = -student.log_softmax(1)[:, label].mean()
+            distance = ((hidden * gate - hidden)[right] ** 2).mean()
+            loss = (entropy + distance) / 1 + beta * (gate**2).mean() / 1
+            (gradient,) = torch.autograd.grad(loss, m)
+            logits = logits - 0.1 * gradient / gradient.norm()
+    return 1 / (1 + torch.exp(-logits)), skipped
+
+
+def test_nad_is_the_formula_computed_by_hand() -> None:
+    model, data = seeded(Mlp), loader()
+    method = methods.nad(beta=0.3, epochs=4, batch=4)
+    masks = nadhooks.learn(model, data, "act", method=method, seed=5)
+    for row, label in enumerate(masks.labels):
+        expected, _ = by_hand(model, data, int(label), 0.3, 4, 4, 5)
+        torch.testing.assert_close(masks["act"][row], expected, rtol=0, atol=1e-13)
+    assert not torch.equal(masks["act"][0], masks["act"][1])
+
+
+def test_nad_averages_its_loss_over_sites() -> None:
+    model, data = seeded(Mlp), loader()
+    seen = []
+
+    def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
+        seen.append({site: gradient.clone() for site, gradient in gradients.items()})
+
+    method = methods.nad(beta=0.3, epochs=1, batch=1000)
+    method = methods.Method(**{**vars(method), "update": update})
+    nadhooks.learn(model, data, ["fc1", "act"], method=method, tasks=[0])
+    x = torch.cat([images[labels == 0] for images, labels in data])
+    first = generator(0, 0)
+    m = [torch.randn(HIDDEN, generator=first, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    original = [F.linear(x, model.fc1.weight, model.fc1.bias).detach()]
+    original.append(original[0].relu())
+    teacher = model(x).detach()
+    gated = [original[0] * m[0].sigmoid()]
+    gated.append(gated[0].relu() * m[1].sigmoid())
+    right = teacher.argmax(1) == 0
+    loss = F.cross_entropy(F.linear(gated[1], model.fc2.weight, model.fc2.bias), torch.zeros(len(x), dtype=torch.long))
+    loss = loss + sum(F.mse_loss(g[right], o[right]) for g, o in zip(gated, original, strict=True))
+    loss = loss / 2 + 0.3 * sum((logits.sigmoid() ** 2).mean() for logits in m) / 2
+    for gradient, expected in zip(seen[0].values(), torch.autograd.grad(loss, m), strict=True):
+        torch.testing.assert_close(gradient[0], expected, rtol=1e-11, atol=1e-14)
+
+
+def test_nad_skips_batches_without_a_correct_sample() -> None:
+    model, data = seeded(Mlp), loader()
+    wrong = [(images, (model(images).argmax(1) + 1) % 3) for images, _ in data]
+    masks = nadhooks.learn(model, wrong, "act", method=methods.nad(epochs=2), seed=5, tasks=[0, 1])
+    for row, label in enumerate((0, 1)):
+        first = torch.randn(HIDDEN, generator=generator(5, label), dtype=torch.float64).sigmoid()
+        torch.testing.assert_close(masks["act"][row], first)
+        assert by_hand(model, wrong, label, 0.2, 2, 16, 5)[1] > 0
+
+
+@pytest.mark.parametrize("method", [methods.nad(epochs=2), methods.class_only(steps=6), methods.contrastive(steps=6)])
+def test_tasks_together_get_what_each_gets_alone_in_any_order(method: methods.Method) -> None:
+    model, data = seeded(Mlp), loader()
+    together = nadhooks.learn(model, data, "act", tasks=[0, 1, 2], method=method, keep=None, closed="zero")
+    reverse = nadhooks.learn(model, data, "act", tasks=[2, 1, 0], method=method, keep=None, closed="zero")
+    for row in range(3):
+        alone = nadhooks.learn(model, data, "act", tasks=[row], method=method, keep=None, closed="zero")
+        torch.testing.assert_close(together["act"][row], alone["act"][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(together["act"][row], reverse["act"][2 - row], rtol=0, atol=1e-12)
+
+
+def test_chunks_of_tasks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = seeded(Mlp), loader()
+    whole = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=9))
+    monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 16)
+    reports: list[Progress] = []
+    parts = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=9), progress=reports.append)
+    assert torch.equal(whole["act"], parts["act"])
+    assert [report.done for report in reports] == list(range(1, 19))
+    assert {report.total for report in reports} == {18}
+
+
+def test_the_same_seed_gives_the_same_masks_and_another_does_not() -> None:
+    model, data = seeded(Mlp), loader()
+    first, again, other = (nadhooks.learn(model, data, "act", method="nad", seed=seed)["act"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("method", ["class-only", "contrastive"])
+@pytest.mark.parametrize("closed", ["zero", "mean"])
+def test_keep_is_the_share_that_is_kept(method: str, closed: nadhooks.gates.Closed) -> None:
+    for keep in (0.3, 1.0):
+        masks = nadhooks.learn(seeded(Mlp), loader(), ["fc1", "act"], method=method, keep=keep, closed=closed)
+        assert (masks.kept() == round(keep * 2 * HIDDEN) / (2 * HIDDEN)).all()
+        assert masks.closed == closed
+        assert masks == masks.hard()
+
+
+def planted() -> tuple[nn.Module, Loader]:
+    """Units 0 to 2 carry classes 0 to 2 (the class's feature, weight 4); units 3 to 6 carry noise that no one reads."""
+    model = Mlp().double().eval()
+    x = torch.randn(600, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).abs() * 0.2
+    labels = torch.arange(600) % 3
+    x[torch.arange(600), labels] += 1
+    with torch.no_grad():
+        model.fc1.weight.zero_(), model.fc1.bias.zero_(), model.fc2.weight.zero_(), model.fc2.bias.zero_()
+        for unit in range(3):
+            model.fc1.weight[unit, unit] = 1
+            model.fc2.weight[unit, unit] = 4
+        model.fc1.weight[3:, 3] = 1
+    return model, list(zip(x.split(50), labels.split(50), strict=True))
+
+
+def test_contrastive_finds_the_units_that_classes_were_planted_in() -> None:
+    model, data = planted()
+    masks = nadhooks.learn(model, data, "act", keep=3 / 7, closed="zero")
+    # a class needs its own unit to say yes, and the other two to say no
+    assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]] * 3
+
+
+def test_class_only_keeps_a_class_own_unit() -> None:
+    model, data = planted()
+    masks = nadhooks.learn(model, data, "act", method="class-only", keep=1 / 7, closed="zero")
+    assert masks["act"].tolist() == torch.eye(3, 7).tolist()
+
+
+def test_closed_means_are_those_of_the_data_and_travel() -> None:
+    model, data = seeded(Mlp), loader()
+    masks = nadhooks.learn(model, data, "act", method="nad", closed="mean")
+    x = torch.cat([images for images, _ in data])
+    torch.testing.assert_close(masks.means["act"], F.relu(model.fc1(x)).mean(0).detach())
+    with nadhooks.attach(model, "act", example=x) as gates:
+        gates.load(masks)
+        with gates.close("act", range(HIDDEN)):
+            expected = model.fc2(masks.means["act"].expand(len(x), -1))
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-14)
+
+
+def test_learning_leaves_the_model_and_the_random_state_as_found() -> None:
+    model, data = seeded(Mlp), loader()
+    model.train()
+    model.fc1.weight.requires_grad_(False)
+    model.fc2.weight.grad = torch.ones_like(model.fc2.weight)
+    state = copy.deepcopy(model.state_dict())
+    random = torch.random.get_rng_state()
+    shuffling = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*map(torch.cat, zip(*data, strict=True))), 10, True)
+    nadhooks.learn(model, shuffling, "act", method=methods.nad(epochs=1))
+    nadhooks.learn(model, shuffling, "act", method=methods.contrastive(steps=2))
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert all(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+    assert [p.grad is None for p in model.parameters()] == [True, True, False, True]
+    assert (model.fc2.weight.grad == 1).all()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_learning_works_beside_the_users_own_gates() -> None:
+    model, data = seeded(Mlp), loader()
+    alone = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
+    with nadhooks.attach(model, "act", example=data[0][0]):
+        beside = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
+    assert torch.equal(alone["act"], beside["act"])
+
+
+def test_own_objectives_replace_the_built_in_one() -> None:
+    calls = []
+
+    def prefer_first_units(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> Tensor:
+        calls.append((student.outputs.shape, samples.positive.sum().item(), gates["act"].shape))
+        return -(gates["act"] * torch.arange(HIDDEN, 0, -1)).sum(1) + 0 * student.outputs.sum()
+
+    masks = nadhooks.learn(seeded(Mlp), loader(), "act", method=prefer_first_units, keep=3 / 7)
+    assert calls[0] == ((24, 3), 12, (3, HIDDEN))
+    assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]] * 3
+    assert masks.provenance["method"] == "prefer_first_units"
+
+
+def test_other_labels_serve_as_contrast() -> None:
+    model, data = planted()
+    masks = nadhooks.learn(model, data, "act", tasks={1: "one"}, keep=3 / 7, closed="zero")
+    assert masks.tasks == ("one",)
+    assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]]
+
+
+def test_iterators_are_enough_where_data_is_read_once() -> None:
+    model, data = seeded(Mlp), loader()
+    expected = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
+    once = nadhooks.learn(model, iter(data), "act", method=methods.contrastive(steps=5))
+    assert torch.equal(once["act"], expected["act"])
+    with pytest.raises(LearningError, match="nad reads the data 21 times, got an iterator"):
+        nadhooks.learn(model, iter(data), "act", method="nad", tasks=3)
+
+
+def test_models_that_put_out_tuples_are_read_by_their_first_tensor() -> None:
+    class Twin(Mlp):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), None
+
+    data = loader()
+    assert torch.equal(
+        nadhooks.learn(seeded(Twin), data, "act")["act"], nadhooks.learn(seeded(Mlp), data, "act")["act"]
+    )
+
+
+def test_masks_say_where_they_came_from() -> None:
+    masks = nadhooks.learn(seeded(Mlp), loader(), "act", keep=0.5, seed=4)
+    assert masks.provenance["method"] == "contrastive"
+    assert masks.provenance["options"]["steps"] == 180
+    assert (masks.provenance["keep"], masks.provenance["seed"]) == (0.5, 4)
+    assert masks.provenance["sites"] == "matching('act')"
+    assert masks.provenance["model"].endswith("nets.Mlp")
+
+
+def nan_loader() -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in loader():
+        yield images * float("nan"), labels
+
+
+@pytest.mark.parametrize("method", ["nad", "class-only", "contrastive"])
+def test_bad_data_is_named(method: str) -> None:
+    model, data = seeded(Mlp), loader()
+    x, y = data[0]
+
+    def learn(data: object, **more: Any) -> nadhooks.Masks:
+        return nadhooks.learn(model, data, "act", method=method, **more)  # type: ignore[arg-type]
+
+    with pytest.raises(LearningError, match="got an empty one"):
+        learn([])
+    with pytest.raises(LearningError, match=r"expected a loader of \(inputs, labels\) batches, got batches of Tensor"):
+        learn([x])
+    with pytest.raises(TaskError, match=r"expected 13 whole-number labels, one per sample, got shape \(3,\)"):
+        learn([(x, y[:3])])
+    with pytest.raises(TaskError, match=r"label 3 is out of range: the model has 3 outputs"):
+        learn([(x, y + 1)])
+    with pytest.raises(TaskError, match=r"label -1 is out of range"):
+        learn([(x, y - 1)])
+    with pytest.raises(LearningError, match=r"the loader shows no sample of task shoe"):
+        learn([(x[y != 1], y[y != 1])], tasks={0: "hat", 1: "shoe"})
+    with pytest.raises(TaskError, match=r"task 9 is not an output of the model, which has 0 to 2"):
+        learn(data, tasks=[9])
+    with pytest.raises(LearningError, match=r"the loss is nan at step 1"):
+        learn(list(nan_loader()))
+    with pytest.raises(SiteError, match="no module name matches"):
+        nadhooks.learn(model, data, "nothing", method=method)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_bad_options_are_named() -> None:
+    model, data = seeded(Mlp), loader()
+    for keep in (0, 1.5, -0.1):
+        with pytest.raises(NadhooksError, match="keep: expected a share above 0 and at most 1"):
+            nadhooks.learn(model, data, "act", keep=keep)
+    with pytest.raises(NadhooksError, match="keep: with 'nad' the share that is kept follows"):
+        nadhooks.learn(model, data, "act", method="nad", keep=0.5)
+    with pytest.raises(NadhooksError, match=r"method: expected 'nad', 'class-only', 'contrastive', .*got 'magic'"):
+        nadhooks.learn(model, data, "act", method="magic")
+    with pytest.raises(NadhooksError, match="needs samples of at least two labels"):
+        nadhooks.learn(model, [(x[y == 0], y[y == 0]) for x, y in data], "act")
+    with pytest.raises(NadhooksError, match="closed: expected 'zero' or 'mean', got 'half'"):
+        nadhooks.learn(model, data, "act", closed="half")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"expected a classifier that puts out \(batch, classes\)"):
+        nadhooks.learn(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double(), data, "0")
+
+
+def test_binary_kl_is_exact_and_stable() -> None:
+    teacher = torch.tensor([[2.0, 0.5, -1.0], [40.0, 0.0, 0.0]], dtype=torch.float64)
+    student = torch.tensor([[1.0, 0.7, 0.3], [20.0, 0.0, 0.0]], dtype=torch.float64)
+    classes = torch.tensor([0, 0])
+    p, q = teacher.softmax(1)[0, 0], student.softmax(1)[0, 0]
+    expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    found = objectives.binary_kl(student, teacher, classes)
+    torch.testing.assert_close(found[0], expected)
+    assert 0 < float(found[1]) < 1e-8  # 1 − p is 4e-18 there: it would vanish if computed as 1 − p
+    assert float(objectives.binary_kl(teacher, teacher, classes).abs().max()) == 0
+
+
+def test_means_are_taken_per_task() -> None:
+    values, rows = torch.tensor([1.0, 3.0, 10.0]), torch.tensor([2, 2, 0])
+    assert objectives.per_task(values, rows, 3).tolist() == [10, 0, 2]
+
+
+def test_the_kept_share_falls_from_one_to_the_target() -> None:
+    shares = [methods.kept_share(step, 100, 0.3) for step in range(100)]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert shares[70] == shares[99] == pytest.approx(0.3)
+    assert shares[35] == pytest.approx(0.3 + 0.7 * 0.5**3)

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nadhooks
+from nadhooks import sites
+from nadhooks.errors import SiteError
+
+from .nets import Line, Mlp, Split, images, seeded, vectors
+
+
+def names(model: nn.Module, chosen: sites.Sites | None, example: Tensor) -> list[str]:
+    with nadhooks.attach(model, chosen, example=example) as gates:
+        return [site.name for site in gates.sites]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+class Stages(nn.Module):
+    """A block of its own class in a row with two others, in containers, and an attention layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.stages = nn.ModuleList([nn.Sequential(Block(), Block()), nn.Sequential(Block())])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean(1))
+
+
+TOKENS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_blocks_are_the_repeated_composites() -> None:
+    assert names(Stages(), None, TOKENS) == ["stages.0.0", "stages.0.1", "stages.1.0"]
+
+
+def test_blocks_of_plain_stacks_are_the_last_tensors_before_each_layer() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
+    )
+    assert names(net, None, images().float()) == ["2", "4"]
+
+
+def test_neurons_are_activations_between_layers() -> None:
+    assert names(Stages(), sites.neurons(), TOKENS) == ["stages.0.0.act", "stages.0.1.act", "stages.1.0.act"]
+
+
+def test_heads_are_blocks_of_the_output_projections_input() -> None:
+    model = Stages()
+    with nadhooks.attach(model, sites.heads(), example=TOKENS) as gates:
+        (site,) = gates.sites
+        assert (site.name, site.units, site.block, site.axis) == ("attn.proj@input", 2, 2, 2)
+        seen: list[Tensor] = []
+        handle = model.attn.proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with gates.close(site.name, 1):
+            model(TOKENS)
+        handle.remove()
+    assert (seen[0][..., 2:] == 0).all()
+    assert (seen[0][..., :2] != 0).any()
+
+
+def test_channels_reports_layers_that_never_fire() -> None:
+    with nadhooks.attach(seeded(Split), sites.channels(), example=vectors()) as gates:
+        assert [site.name for site in gates.sites] == ["stem", "left", "right", "join"]
+        assert list(gates.skipped) == ["unused"]
+        assert "never fired" in gates.skipped["unused"]
+
+
+def test_globs_stay_within_a_part_and_double_stars_do_not() -> None:
+    model = Stages()
+    assert names(model, "stages.?.*", TOKENS) == ["stages.0.0", "stages.0.1", "stages.1.0"]
+    assert names(model, ["**.fc[12]", "attn"], TOKENS)[0] == "attn"
+    assert len(names(model, ["**.fc[12]", "attn"], TOKENS)) == 7
+    assert names(model, "**.fc[!2]", TOKENS) == ["stages.0.0.fc1", "stages.0.1.fc1", "stages.1.0.fc1"]
+
+
+def test_callables_choose_by_name_and_module() -> None:
+    assert names(seeded(Line), lambda name, module: isinstance(module, nn.ReLU), images()) == ["act1", "act2"]
+
+
+def test_sites_come_in_firing_order() -> None:
+    assert names(seeded(Line), ["head", "act2", "conv1"], images()) == ["conv1", "act2", "head"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("conv9", r"no module name matches 'conv9' \(names begin conv1, act1"),
+        (["conv1", "x*"], r"no module name matches 'x\*'"),
+        (lambda name, module: False, r"no site"),
+        (sites.heads(), r"no site: nadhooks.sites.heads\(\) chose nothing in Line"),
+        ([], r"sites: expected a selector"),
+        (3, r"sites: expected a selector"),
+    ],
+)
+def test_choices_that_match_nothing_are_named(chosen: sites.Sites, message: str) -> None:
+    with pytest.raises(SiteError, match=message):
+        nadhooks.attach(seeded(Line), chosen, example=images())
+
+
+def test_a_glob_that_needs_double_stars_says_so() -> None:
+    with pytest.raises(SiteError, match=r"did you mean '\*\*\.fc1'"):
+        nadhooks.attach(Stages(), "*.fc1", example=TOKENS)
+
+
+def test_a_site_that_never_fires_is_named() -> None:
+    with pytest.raises(SiteError, match="'unused' matches unused, which the forward pass never calls"):
+        nadhooks.attach(seeded(Split), "unused", example=vectors())
+
+
+class Odd(nn.Module):
+    """Puts out a tensor that no layer made: its axis cannot be determined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = Turn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.turn(x).sum((1, 2))
+
+
+class Turn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) * 2
+
+
+def test_an_axis_that_cannot_be_determined_asks_for_it() -> None:
+    x = images()
+    with pytest.raises(SiteError, match=r"turn: the axis .* shape \(6, 6, 2, 6\); pass axis="):
+        nadhooks.attach(Odd(), "turn", example=x)
+    with nadhooks.attach(Odd(), "turn", example=x, axis=-2) as gates:
+        assert (gates.sites[0].axis, gates.sites[0].units) == (2, 2)
+    with nadhooks.attach(Odd(), "turn", example=x, axis={"t*": 1}) as gates:
+        assert gates.sites[0].axis == 1
+    for wrong in (0, 4, -5):
+        with pytest.raises(SiteError, match=f"axis={wrong} does not fit"):
+            nadhooks.attach(Odd(), "turn", example=x, axis=wrong)
+
+
+def test_a_module_without_float_output_is_refused() -> None:
+    class Index(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(1)
+
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.index, self.fc = Index(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)[self.index(x)]
+
+    with pytest.raises(SiteError, match="index: expected a floating-point tensor"):
+        nadhooks.attach(Wraps().double(), "index", example=vectors())
+
+
+def test_hidden_units_are_found_where_the_width_equals_the_sequence() -> None:
+    model = Mlp(hidden=5)
+    tokens = torch.randn(2, 5, 4)
+    with nadhooks.attach(model, "act", example=tokens) as gates:
+        assert gates.sites[0].axis == 2
