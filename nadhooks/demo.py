@@ -102,7 +102,7 @@ def similarity_picture(similarity: Tensor, names: Sequence[str]) -> bytes:
         axes = figure.subplots()
         others = similarity[~torch.eye(len(names), dtype=torch.bool)] if len(names) > 1 else similarity
         low, high = float(others.min()) - 0.02, float(others.max()) + 0.02
-        axes.imshow(similarity, cmap="Blues", vmin=low, vmax=high)
+        axes.imshow(similarity.numpy(), cmap="Blues", vmin=low, vmax=high)
         axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 4 else 45)
         axes.set_yticks(range(len(names)), names)
         axes.set_title("Jaccard similarity of the units kept, mean over sites", fontsize=9)

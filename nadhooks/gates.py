@@ -141,8 +141,7 @@ class Gates:
     def __init__(
         self, model: nn.Module, sites: Sites | None, tasks: Tasks, closed: Closed, example: Any, axis: Axis | None
     ):
-        if closed not in ("zero", "mean"):
-            raise NadhooksError(f"closed: expected 'zero' or 'mean', got {closed!r}")
+        check_closed(closed)
         seen = trace(model, example)
         self.model: nn.Module | None = model  # None once detached
         self.sites, self.skipped = find(seen, sites, axis)
@@ -368,6 +367,11 @@ class _Activation:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._gates._rows, self._gates._values = self._before.pop()
+
+
+def check_closed(closed: str) -> None:
+    if closed not in ("zero", "mean"):
+        raise NadhooksError(f"closed: expected 'zero' or 'mean', got {closed!r}")
 
 
 def unit_sums(x: Tensor, site: Site) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LearningError, ModelError, NadhooksError
-from .gates import Closed, Gates, attach
+from .gates import Closed, Gates, attach, check_closed
 from .masks import Masks
 from .methods import METHODS, Method, Objective, Pass, Step, Table, from_objective, kept_share
 from .sampling import Batch, Data, Pool, balanced_batches, generator, own_batches, peek
@@ -62,6 +62,8 @@ def learn(
     """
     method = _method(method)
     keep = _keep(keep, method)
+    closed = closed or method.closed
+    check_closed(closed)
     given = Tasks.of(tasks) if tasks is not None else None
     with frozen(model):
         torch.manual_seed(seed)  # for a loader that shuffles; `frozen` puts the user's random state back
@@ -71,7 +73,7 @@ def learn(
             with torch.no_grad():
                 outputs = logits_of(call_model(model, sample.to(device)))
             data = Data(loader, outputs.shape[1], device)
-            learner = _Learner(gates, data, method, keep, closed or method.closed, seed, progress)
+            learner = _Learner(gates, data, method, keep, closed, seed, progress)
             known, values = learner.own(given) if method.sampling == "own" else learner.balanced(given)
             provenance = {
                 "method": method.name,
@@ -140,8 +142,9 @@ class _Learner:
             losses = method.objective(student, teacher, batch.samples, table)  # (tasks,)
             losses = losses[batch.samples.rows.unique()]  # a penalty must not move tasks that the batch does not show
             if not bool(losses.isfinite().all()):
+                value = float(losses.detach().sum())
                 raise LearningError(
-                    f"the loss is {float(losses.sum())} at step {index + 1}; look for NaN in the inputs and the weights"
+                    f"the loss is {value} at step {index + 1}; look for NaN in the inputs and the weights"
                 )
             gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
             with torch.no_grad():

@@ -136,9 +136,9 @@ def contrastive(
 ) -> Method:
     """Keeps the units that a task needs to say yes to its own samples and no to others.
 
-    Scores start at 0; each pass uses the hard gates of the `keep` highest scores over all sites, a share that falls
-    from 1 along a cubic; gradients go straight through to the scores. Loss of a task: the KL divergence of "this class
-    or another" from the full network, mean over positives plus mean over uniformly drawn negatives, plus
+    Scores start near 0; each pass uses the hard gates of the highest scores over all sites, a share that falls from 1
+    to `keep` along a cubic; gradients go straight through to the scores. Loss of a task: the KL divergence of "this
+    class or another" from the full network, mean over positives plus mean over uniformly drawn negatives, plus
     `activation` × the mean over sites of the relative squared change of the activations, on positives.
     """
     return _straight_through("contrastive", steps, positives, negatives, momentum, activation)
@@ -166,9 +166,10 @@ def _straight_through(
 ) -> Method:
     options: dict[str, float] = {"steps": steps, "positives": positives, "negatives": negatives}
     options |= {"momentum": momentum, "activation": activation}
+    objective = objective or _fidelity(activation)
     return Method(
-        name, objective or _fidelity(activation), straight_through_topk, momentum_step(momentum), _zeros, "balanced",
-        "mean", 0.55, steps=steps, positives=positives, negatives=negatives, options=options,
+        name, objective, straight_through_topk, momentum_step(momentum), _near_zero, "balanced", "mean", 0.55,
+        steps=steps, positives=positives, negatives=negatives, options=options,
     )  # fmt: skip
 
 
@@ -210,13 +211,17 @@ def momentum_step(momentum: float) -> Update:
 
 
 def kept_share(index: int, total: int, target: float) -> float:
-    """From 1 to `target` along a cubic over the first 70 % of the steps (Zhu and Gupta's pruning schedule, 2017)."""
-    left = 1 - min(1.0, index / (0.7 * total))
+    """From near 1 to `target` along a cubic over the first 70 % of the steps (Zhu and Gupta's pruning schedule, 2017).
+
+    Never 1: with every gate open the loss has no gradient, and a normalised step would be one of rounding errors.
+    """
+    left = 1 - min(1.0, (index + 1) / (0.7 * total))
     return target + (1 - target) * left**3
 
 
-def _zeros(units: int, generator: torch.Generator) -> Tensor:
-    return torch.zeros(units, dtype=torch.float64)
+def _near_zero(units: int, generator: torch.Generator) -> Tensor:
+    """Ties broken by chance: the first units to be closed would all be those of the last site."""
+    return 1e-3 * _normal(units, generator)
 
 
 METHODS: dict[str, Callable[[], Method]] = {"nad": nad, "class-only": class_only, "contrastive": contrastive}

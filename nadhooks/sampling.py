@@ -139,17 +139,24 @@ class Pool:
 
     @classmethod
     def of(cls, data: Data, tasks: Tasks | None, method: Method) -> Pool:
-        """As many images of each label as the method draws, in the loader's order; stops reading when it has them."""
-        wanted = {int(label) for label in tasks.labels} if tasks else set(range(data.outputs))
+        """As many images of each label as the method draws, in the loader's order; stops reading when it has them.
+
+        Where memory is short, tasks and contrast share it half and half.
+        """
+        drawn = method.steps * method.positives
+        own = {int(label) for label in tasks.labels} if tasks else set(range(data.outputs))
+        limits: dict[int, int] = {}
         kept: dict[int, list[Tensor]] = {}
         for images, labels in data.batches():
-            affordable = POOL_BYTES // (max(len(wanted), 2) * images[0].nbytes)
-            limit = max(4, min(method.steps * method.positives, affordable))
+            affordable = POOL_BYTES // 2 // images[0].nbytes
+            limits = limits or {
+                label: min(drawn, max(4, affordable // (len(own) if label in own else data.outputs)))
+                for label in range(data.outputs)
+            }
             for image, label in zip(images, labels.tolist(), strict=True):
-                if len(kept.setdefault(label, [])) < limit:
+                if len(kept.setdefault(label, [])) < limits[label]:
                     kept[label].append(image)
-            others = sum(len(found) for label, found in kept.items() if label not in wanted)
-            if all(len(kept.get(label, ())) >= limit for label in wanted) and (len(wanted) > 1 or others >= limit):
+            if all(len(kept.get(label, ())) == limit for label, limit in limits.items()):
                 break
         stretches, end = {}, 0
         for label in sorted(kept):

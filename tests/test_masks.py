@@ -175,7 +175,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MaskFileError, match="cannot write .*: No space left on device"):
+    with pytest.raises(MaskFileError, match=r"cannot write .*: No space left on device"):
         THREE.select("t0").save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.safetensors"]

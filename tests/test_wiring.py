@@ -35,7 +35,11 @@ def test_branches_and_shortcuts_are_edges_of_their_own() -> None:
 
 def test_sites_between_cut_the_path() -> None:
     assert ("stem", "join") not in edges(seeded(Line), ["conv1", "act1", "head"], images())
-    assert edges(seeded(Split), ["stem", "join"], vectors()) == {("input", "stem"), ("stem", "join"), ("join", "output")}
+    assert edges(seeded(Split), ["stem", "join"], vectors()) == {
+        ("input", "stem"),
+        ("stem", "join"),
+        ("join", "output"),
+    }
 
 
 def test_leaves_of_one_module_are_wired_apart() -> None:

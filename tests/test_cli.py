@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nadhooks
+from nadhooks import cli, demo
+
+MODEL = "timm:resnet18,in_chans=1,num_classes=10,channels=(8,8,8,8)"
+LEARN = ["learn", MODEL, "--image-size", "32", "--data", "digits", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NADHOOKS_CACHE", str(tmp_path / "cache"))
+
+
+def run(*arguments: str) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def mask_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("learnt") / "m.safetensors"
+    assert run(*LEARN, "--tasks", "3", "5", "-o", str(path), "--no-test", "--seed", "7") == 0
+    return path
+
+
+def test_learn_writes_masks_that_say_where_they_came_from(mask_file: Path) -> None:
+    masks = nadhooks.load(mask_file)
+    assert masks.labels == (3, 5)
+    assert masks.provenance["model"] == MODEL
+    assert masks.provenance["data"] == "digits"
+    assert masks.provenance["seed"] == 7
+
+
+def test_learn_shows_its_worth_and_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*LEARN, "--tasks", "1", "--method", "nad", "--epochs", "1", "--sites", "layer[12].*") == 0
+    shown = capsys.readouterr().out
+    for word in ("recall", "AUC", "full", "sub-architecture", "random mask", "Recall alone proves nothing"):
+        assert word in shown
+    assert nadhooks.load("masks.safetensors").provenance["method"] == "nad"
+
+
+def test_inspect_graph_and_render(mask_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", str(mask_file)) == 0
+    assert run("graph", str(mask_file), "--task", "5", "-o", "g.json") == 0
+    assert run("render", str(mask_file)) == 0
+    assert run("render", str(mask_file), "--task", "3", "-o", "three.png") == 0
+    shown = capsys.readouterr().out
+    assert "contrastive" in shown
+    assert "layer4.1" in shown
+    assert {node["id"] for node in json.loads(Path("g.json").read_text())["nodes"]} >= {"input", "layer1.0", "output"}
+    assert Path("flow.svg").read_text().startswith("<?xml")
+    assert Path("three.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sites_lists_units_wiring_and_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sites", "torchvision:vit_b_16", "--sites", "channels") == 0
+    shown = capsys.readouterr().out
+    assert "encoder.layers.encoder_layer_1.mlp.0" in shown
+    assert "left out, 12:" in shown
+    assert "self_attention.out_proj" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sites", "timm:resnet81"], "timm has no model 'resnet81'"),
+        (["sites", MODEL, "--sites", "layer9"], "no module name matches 'layer9'"),
+        (["sites", MODEL, "--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["learn", MODEL, "--data", "nowhere"], "expected a directory of images or one of digits, fashion-mnist"),
+        (["learn", MODEL, "--data", "digits", "-o", "no/m.safetensors"], "cannot write no/m.safetensors: no is not"),
+        ([*LEARN, "--tasks", "12"], "digits has no images of label 12"),
+        ([*LEARN, "--keep", "3"], "keep: expected a share above 0 and at most 1, got 3.0"),
+        ([*LEARN, "--weights", "nothing.pt"], "no weights file nothing.pt"),
+        (["inspect", "nothing"], "nothing: cannot read it: No such file or directory"),
+        (["render", "nothing"], "nothing: cannot read it"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("nadhooks: error: ")
+    assert message in last
+
+
+def test_render_names_tasks_and_suffixes(mask_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("render", str(mask_file), "--task", "9") == 1
+    assert "unknown task 9: expected one of 3, 5" in capsys.readouterr().err
+    assert run("render", str(mask_file), "-o", "x.bmp") == 1
+    assert "got '.bmp'" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(nadhooks.NadhooksError):
+        run("inspect", "nothing", "--debug")
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["learn"], [*LEARN, "--method", "magic"]])
+def test_bad_usage_exits_with_two(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, mask_file: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupt)
+    assert run("inspect", str(mask_file)) == 130
+
+
+def test_the_module_runs_as_a_program() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "nadhooks", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for command in ("demo", "sites", "learn", "graph", "render", "inspect"):
+        assert f"\n    {command} " in shown
+
+
+def test_the_demo_leaves_masks_pictures_and_a_matrix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "EPOCHS", 3)  # enough to be well above chance
+    assert run("demo", "--device", "cpu") == 0
+    names = {"masks.safetensors", "flow-all.svg", "similarity.csv", "similarity.svg"} | {
+        f"flow-{d}.svg" for d in range(10)
+    }
+    assert set(os.listdir("demo")) == names
+    matrix = [line.split(",") for line in Path("demo/similarity.csv").read_text().splitlines()]
+    assert matrix[0] == ["task", *map(str, range(10))]
+    assert all(float(matrix[row][row]) == 1 for row in range(1, 11))
+    means = capsys.readouterr().out.split("mean ")[1]
+    assert "sub-architecture" in means
+    masks = nadhooks.load("demo/masks.safetensors")
+    assert len(masks.sites) == 9
+    assert len(set(map(tuple, masks["layer4.0"].tolist()))) == 10  # every class has a mask of its own
+    pictures = [Path(f"demo/flow-{d}.svg").read_bytes() for d in range(10)]
+    assert len(set(pictures)) == 10
+    assert run("demo", "--device", "cpu") == 0  # the trained network is kept: the same masks, the same pictures
+    assert nadhooks.load("demo/masks.safetensors") == masks
+    assert [Path(f"demo/flow-{d}.svg").read_bytes() for d in range(10)] == pictures

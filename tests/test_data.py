@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+
+from nadhooks import data
+from nadhooks.errors import DataError
+
+
+def idx(array: Tensor) -> bytes:
+    """The idx format of Fashion-MNIST: type, number of dimensions, sizes, bytes."""
+    return struct.pack(f">BBBB{array.dim()}I", 0, 0, 8, array.dim(), *array.shape) + array.numpy().tobytes()
+
+
+def fashion(folder: Path) -> None:
+    for prefix, number in (("train", 20), ("t10k", 10)):
+        pixels = torch.arange(number * 28 * 28).reshape(number, 28, 28).to(torch.uint8)
+        labels = (torch.arange(number) % 10).to(torch.uint8)
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pixels)))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NADHOOKS_CACHE", str(tmp_path / "cache"))
+
+
+def test_digits_are_split_four_to_one() -> None:
+    train, test = (data.load_images("digits", split, to_tensor) for split in ("train", "test"))
+    assert (len(train.dataset), len(test.dataset)) == (1437, 360)  # type: ignore[arg-type]
+    image, label = train.dataset[0]
+    assert image.shape == (1, 8, 8)
+    assert float(torch.stack([train.dataset[i][0] for i in range(50)]).max()) == 1
+    assert train.names[label] == str(label)
+
+
+def test_fashion_mnist_is_read_from_debians_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fashion(tmp_path)
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path)
+    train = data.load_images("fashion-mnist", "train", to_tensor)
+    assert len(train.dataset) == 20  # type: ignore[arg-type]
+    assert train.dataset[3][0].shape == (1, 28, 28)
+    assert train.dataset[13][1] == 3
+    assert train.names[9] == "Ankle boot"
+    assert len(data.load_images("fashion-mnist", "test", to_tensor).dataset) == 10  # type: ignore[arg-type]
+
+
+def test_without_fashion_mnist_the_cures_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "none")
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(DataError, match="dataset-fashion-mnist, or put the four idx files into"):
+        data.load_images("fashion-mnist", "train", to_tensor)
+
+
+def folders(root: Path, *names: str, images: int = 5) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            Image.new("L", (4, 4), number).save(root / name / f"{number}.png")
+    return root
+
+
+def test_folders_are_labelled_by_name_number_or_order(tmp_path: Path) -> None:
+    def names(root: Path, known: dict[str, int] | None = None) -> dict[int, str]:
+        return data.load_images(str(root), "train", to_tensor, known).names
+
+    assert names(folders(tmp_path / "a", "cat", "dog")) == {0: "cat", 1: "dog"}
+    assert names(tmp_path / "a", {"dog": 7, "cat": 3, "cow": 4}) == {3: "cat", 7: "dog"}
+    assert names(folders(tmp_path / "b", "10", "2")) == {10: "10", 2: "2"}
+
+
+def test_folders_are_split_by_subfolder_or_four_to_one(tmp_path: Path) -> None:
+    root = folders(tmp_path / "a", "cat", "dog")
+    sizes = [len(data.load_images(str(root), split, to_tensor).dataset) for split in ("train", "test")]  # type: ignore[arg-type]
+    assert sizes == [8, 2]
+    folders(tmp_path / "b" / "train", "cat", images=3)
+    folders(tmp_path / "b" / "val", "cat", images=2)
+    sizes = [len(data.load_images(str(tmp_path / "b"), split, to_tensor).dataset) for split in ("train", "test")]  # type: ignore[arg-type]
+    assert sizes == [3, 2]
+
+
+def test_labels_of_folders_are_the_models_outputs(tmp_path: Path) -> None:
+    root = folders(tmp_path / "a", "cat", "dog")
+    images = data.load_images(str(root), "train", to_tensor, {"cat": 281, "dog": 5}).dataset
+    assert {images[i][1] for i in range(8)} == {281, 5}
+
+
+def test_other_directories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a directory of images or one of digits, fashion-mnist, got 'mnist'"):
+        data.load_images("mnist", "train", to_tensor)
+    with pytest.raises(DataError, match="expected one folder of images per class"):
+        data.load_images(str(tmp_path), "train", to_tensor)
+    folders(tmp_path / "c", "empty", images=0)
+    with pytest.raises(DataError, match="expected one folder of images per class"):
+        data.load_images(str(tmp_path / "c"), "train", to_tensor)
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert data.cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("NADHOOKS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert data.cache_dir() == Path("/x/nadhooks")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.cache_dir() == Path.home() / ".cache" / "nadhooks"

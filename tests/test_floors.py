@@ -1,0 +1,67 @@
+"""The house: what may import what. A file may import only from floors below its own."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "nadhooks"
+FLOORS = [
+    {"errors", "_version", "formats.writing"},
+    {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
+    {"sites", "methods"},
+    {"hooking", "masks", "sampling"},
+    {"wiring"},
+    {"gates", "flow", "formats.dot"},
+    {"learning", "formats"},
+    {"evaluation.recognition"},
+    {"evaluation", "demo"},
+    {"cli"},
+    {"__main__", ""},
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """The package's own modules that a file imports, inside functions too."""
+    here = path.relative_to(PACKAGE).parent.parts
+    known = {module_name(other) for other in PACKAGE.rglob("*.py")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                found.add(whole if whole in known else ".".join(base))
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("nadhooks") for alias in node.names), f"{path}: import relatively"
+    return found
+
+
+def test_every_file_has_a_floor_and_imports_only_from_below() -> None:
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        name = module_name(path)
+        assert name in floor, f"{name} has no floor"
+        for imported in imports(path):
+            assert floor[imported] < floor[name], f"{name} imports {imported}, which is not below it"
+
+
+def test_only_zoo_knows_the_zoos_by_name() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = {
+            alias.name.partition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {
+            (node.module or "").partition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
+        allowed = {"zoo": {"timm", "torchvision"}, "data": {"torchvision"}}.get(module_name(path), set())
+        assert names & {"timm", "torchvision"} <= allowed, path

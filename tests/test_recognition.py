@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nadhooks
+from nadhooks.errors import DataError
+from nadhooks.evaluation import recognition, shuffled
+
+
+class Logits(nn.Module):
+    """Puts out its input, three logits, through a site of three units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy = nn.Linear(3, 3, bias=False)
+        with torch.no_grad():
+            self.copy.weight.copy_(torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copy(x)
+
+
+# three images of class 0 (two of them answered with 0), two of class 1 (one answered with 0), one of class 2
+LOGITS = torch.tensor([[5.0, 0, 0], [3.0, 0, 0], [0, 1.0, 0], [4.0, 1.0, 0], [0, 6.0, 0], [0, 0, 2.0]])
+LABELS = torch.tensor([0, 0, 0, 1, 1, 2])
+
+
+def test_figures_are_those_counted_by_hand() -> None:
+    model = Logits().train()
+    with nadhooks.attach(model, "copy", tasks=3, example=LOGITS) as gates:
+        zero, one, two = recognition(gates, [(LOGITS[:4], LABELS[:4]), (LOGITS[4:], LABELS[4:])])
+        assert model.training
+    assert zero.recall == pytest.approx(2 / 3)
+    assert zero.fpr == pytest.approx(1 / 3)
+    p = LOGITS.softmax(1)[:, 0]
+    pairs = [float(own > other) for own in p[:3] for other in p[3:]]
+    assert zero.auc == pytest.approx(sum(pairs) / 9)
+    assert zero.fpr95 == pytest.approx(float((p[3:] >= p[:3].min()).double().mean()))  # all three must be found
+    assert (one.recall, one.fpr) == pytest.approx((1 / 2, 1 / 4))
+    assert (two.recall, two.fpr, two.auc, two.kept) == (1, 0, 1, 1)
+
+
+def test_a_sub_architecture_that_says_yes_to_everything_is_shown_as_such() -> None:
+    model = Logits()
+    with nadhooks.attach(model, "copy", tasks=3, example=LOGITS) as gates:
+        gates.logits["copy"].data.copy_(torch.eye(3))  # each class keeps its own logit only
+        masks = gates.masks()
+        for parameter in gates.parameters():
+            parameter.data.fill_(1)
+        figures = recognition(gates, [(LOGITS + 1, LABELS)], masks)
+        assert all((gates.masks()[site.name] == 1).all() for site in gates.sites)  # given back as found
+    assert [figure.recall for figure in figures] == [1, 1, 1]
+    assert [figure.fpr for figure in figures] == [1, 1, 1]
+    assert [figure.kept for figure in figures] == pytest.approx([1 / 3] * 3)
+
+
+def test_random_masks_keep_as_many_units_of_each_site() -> None:
+    with nadhooks.attach(Logits(), "copy", tasks=3, example=LOGITS) as gates:
+        gates.logits["copy"].data.copy_(torch.tensor([[1.0, 0, 0], [1, 1, 0], [0.5, 0, 0.2]]))
+        masks = gates.masks()
+    random = shuffled(masks, seed=1)
+    assert torch.equal(random["copy"].sort(1).values, masks["copy"].sort(1).values)
+    assert torch.equal(random["copy"], shuffled(masks, seed=1)["copy"])
+    assert any(not torch.equal(shuffled(masks, seed)["copy"], masks["copy"]) for seed in range(5))
+
+
+def test_a_class_without_images_is_named() -> None:
+    with nadhooks.attach(Logits(), "copy", tasks={0: "hat", 2: "shoe"}, example=LOGITS) as gates:
+        with pytest.raises(DataError, match="task shoe: expected images of this class and of others"):
+            recognition(gates, [(LOGITS[:5], LABELS[:5])])
+        with pytest.raises(DataError, match="got an empty one"):
+            recognition(gates, [])

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+import nadhooks
+from nadhooks import zoo
+from nadhooks.errors import ModelError
+
+FACTORY = """
+import torch
+def net(width=3):
+    return torch.nn.Sequential(torch.nn.Conv2d(1, width, 1), torch.nn.Flatten(), torch.nn.Linear(4 * width, 2))
+def number():
+    return 3
+def transform(image):
+    return torch.ones(1, 2, 2)
+"""
+
+
+def test_models_come_from_three_sources(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FACTORY)
+    timm = zoo.load_model("timm:resnet18,num_classes=7,in_chans=1,channels=(8,16,16,32)")
+    assert (timm.get_submodule("fc").out_features, timm.get_submodule("conv1").in_channels) == (7, 1)
+    assert zoo.load_model("torchvision:vgg11,num_classes=3").get_submodule("classifier.6").out_features == 3
+    own = zoo.load_model(f"{tmp_path}/own.py:net,width=5")
+    assert own.get_submodule("0").out_channels == 5
+    assert not own.training
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet18", "expected timm:NAME, torchvision:NAME or file.py:factory, got 'resnet18'"),
+        ("timm:", "expected timm:NAME"),
+        ("timm:resnet81", "timm has no model 'resnet81'; did you mean"),
+        ("torchvision:vgg61", "torchvision has no model 'vgg61'"),
+        ("timm:resnet18,wide", "expected key=value,key=value behind the model's name, got 'wide'"),
+        ("timm:resnet18,width=open('x')", "expected key=value"),
+        ("timm:resnet18,colour=3", "timm:resnet18 cannot be made: TypeError"),
+        ("nowhere.py:net", "no file nowhere.py"),
+        ("{own}:missing", "there is no such function"),
+        ("{own}:number", "made a int, expected a torch.nn.Module"),
+        ("{broken}:net", "cannot be imported: NameError"),
+    ],
+)
+def test_bad_model_names_are_explained(tmp_path: Path, spec: str, message: str) -> None:
+    (tmp_path / "own.py").write_text(FACTORY)
+    (tmp_path / "broken.py").write_text("x = y")
+    with pytest.raises(ModelError, match=re.escape(message)):
+        zoo.load_model(spec.format(own=tmp_path / "own.py", broken=tmp_path / "broken.py"))
+
+
+def test_weights_are_loaded_safely_and_strictly(tmp_path: Path) -> None:
+    spec = "timm:resnet18,num_classes=2,channels=(8,8,8,8)"
+    model = zoo.load_model(spec)
+    state = model.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "checkpoint.pt")
+    for name in ("w.safetensors", "w.pt", "checkpoint.pt"):
+        loaded = zoo.load_model(spec, weights=str(tmp_path / name))
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    torch.save(nn.Linear(2, 2), tmp_path / "pickled.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("pickled.pt", "text.pt"):
+        with pytest.raises(ModelError, match="cannot be loaded into this model"):
+            zoo.load_model(spec, weights=str(tmp_path / name))
+    with pytest.raises(ModelError, match=r"(?s)cannot be loaded into this model.*size mismatch"):
+        zoo.load_model("timm:resnet18,num_classes=3,channels=(8,8,8,8)", weights=str(tmp_path / "w.pt"))
+    with pytest.raises(ModelError, match="no weights file"):
+        zoo.load_model(spec, weights=str(tmp_path / "missing.pt"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("timm:resnet18,in_chans=1", (1, 1, 224, 224)),
+        ("timm:vit_tiny_patch16_224,img_size=64", (1, 3, 64, 64)),
+        ("torchvision:resnet50", (1, 3, 224, 224)),
+        ("torchvision:inception_v3,init_weights=False", (1, 3, 299, 299)),
+        ("torchvision:vit_b_16,image_size=32", (1, 3, 32, 32)),
+    ],
+)
+def test_the_example_is_what_the_model_says_of_its_input(spec: str, shape: tuple[int, ...]) -> None:
+    model = zoo.load_model(spec)
+    random = torch.random.get_rng_state()
+    assert zoo.example_for(model).shape == shape
+    assert zoo.example_for(model.double()).dtype == torch.float64
+    assert zoo.example_for(nn.DataParallel(model)).shape == shape
+    assert torch.equal(random, torch.random.get_rng_state())
+
+
+def test_transforms_are_the_models_own() -> None:
+    image = Image.new("RGB", (300, 200), (255, 0, 0))
+    for spec, mean, std in (
+        ("timm:vit_tiny_patch16_224", 0.5, 0.5),
+        ("timm:resnet18", 0.485, 0.229),
+        ("torchvision:resnet18", 0.485, 0.229),
+    ):
+        made = zoo.transform_for(zoo.load_model(spec), spec)(image)
+        assert made.shape == (3, 224, 224)
+        torch.testing.assert_close(made[0], torch.full((224, 224), (1 - mean) / std))
+    grey = zoo.load_model("timm:resnet18,in_chans=1")
+    zoo.set_image_size(grey, 32)
+    assert zoo.transform_for(grey)(image).shape == (1, 32, 32)
+
+
+def test_own_models_bring_their_transform(tmp_path: Path) -> None:
+    (tmp_path / "own2.py").write_text(FACTORY)
+    spec = f"{tmp_path}/own2.py:net"
+    model = zoo.load_model(spec)
+    assert zoo.transform_for(model, spec)(None).shape == (1, 2, 2)
+    with pytest.raises(ModelError, match="pass example="):
+        nadhooks.attach(model)
+    (tmp_path / "bare.py").write_text(FACTORY.replace("def transform", "def other"))
+    with pytest.raises(ModelError, match="define a function `transform`"):
+        zoo.transform_for(model, f"{tmp_path}/bare.py:net")
+
+
+def test_imagenet_classes_are_known_by_name_and_wordnet_id() -> None:
+    for spec in ("timm:resnet18", "torchvision:resnet18"):
+        known = zoo.class_index_of(zoo.load_model(spec))
+        assert known["n01440764"] == 0  # tench
+        assert known["n15075141"] == 999  # toilet paper
+    assert zoo.class_index_of(zoo.load_model("torchvision:resnet18"))["tench"] == 0
+    assert zoo.class_index_of(zoo.load_model("timm:resnet18,num_classes=10")) == {}
