@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +44,7 @@ WARNING = (
 )
 CLASSES_SHOWN = 20
 
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
 err = Console(stderr=True, highlight=False)
 
 
@@ -156,6 +156,19 @@ def _demo(options: argparse.Namespace) -> None:
     device = _device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     _check_writable(options.out / "masks.safetensors")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are small: on a busy machine two threads wait for each other ten times as long
+    try:
+        written = _run_demo(options, device)
+    finally:
+        torch.set_num_threads(threads)
+    out.print(f"\n{len(written)} files in {options.out}/, in {time.monotonic() - begun:.0f} s:", markup=False)
+    for path in (written[0], *written[-3:], written[1]):
+        out.print(f"  {path}", markup=False, soft_wrap=True)
+    out.print(f"  … and one picture for each class. Next: nadhooks inspect {written[0]}", markup=False, soft_wrap=True)
+
+
+def _run_demo(options: argparse.Namespace, device: torch.device) -> list[Path]:
     train, test = demo.digits()
     with _bar("training a ResNet on digits") as update:
         model = demo.trained_model(train, options.seed, update).to(device)
@@ -163,36 +176,32 @@ def _demo(options: argparse.Namespace) -> None:
         masks = learn(model, train, demo.SITES, seed=options.seed, progress=_learning(update))
     masks = _from(masks, demo.MODEL, "digits")
     _show_recognition(model, masks, test, options.seed)
-    with out.status("drawing"):
-        written = demo.write_results(options.out, masks)
-    out.print(f"\n{len(written)} files in {options.out}/, in {time.monotonic() - begun:.0f} s:", markup=False)
-    for path in (written[0], *written[-3:], written[1]):
-        out.print(f"  {path}", markup=False, soft_wrap=True)
-    out.print(f"  … and one picture for each class. Next: nadhooks inspect {written[0]}", markup=False, soft_wrap=True)
+    return demo.write_results(options.out, masks)
 
 
 def _sites(options: argparse.Namespace) -> None:
-    model, example = _model(options)
-    with attach(model, _chosen(options), example=example, axis=options.axis) as gates:
+    with err.status("making the model and looking where gates would go"):
+        model, example = _model(options)
+        gates = attach(model, _chosen(options), example=example, axis=options.axis)
+    with gates:
         table = _table("site", "class", "unit axis >", "units >", "fed by")
         modules = dict(model.named_modules())
         for site in gates.sites:
-            fed = list(gates.wiring.predecessors(site.name))
-            few = ", ".join(fed[:3]) + (f", … ({len(fed)})" if len(fed) > 3 else "")
-            table.add_row(site.name, type(modules[site.module]).__name__, str(site.axis), f"{site.units:,}", few)
+            fed = _few(gates.wiring.predecessors(site.name))
+            table.add_row(site.name, type(modules[site.module]).__name__, str(site.axis), f"{site.units:,}", fed)
         out.print(table)
         out.print(f"{len(gates.sites)} sites, {sum(site.units for site in gates.sites):,} units")
         if gates.skipped:
             out.print(f"\nleft out, {len(gates.skipped)}:")
             for why in dict.fromkeys(gates.skipped.values()):
                 names = [name for name, reason in gates.skipped.items() if reason == why]
-                few = ", ".join(names[:4]) + (f", … ({len(names)})" if len(names) > 4 else "")
-                out.print(f"  {why}:\n    {few}", markup=False, soft_wrap=True)
+                out.print(f"  {why}:\n    {_few(names, 4)}", markup=False, soft_wrap=True)
 
 
 def _learn(options: argparse.Namespace) -> None:
     _check_writable(options.out)
-    model, example = _model(options)
+    with err.status("making the model"):
+        model, example = _model(options)
     transform = zoo.transform_for(model, options.model)
     classes = zoo.class_index_of(model)
     train = load_images(options.data, "train", transform, classes)
@@ -231,9 +240,7 @@ def _graph(options: argparse.Namespace) -> None:
     table = _table("site", "stage >", "units >", "kept >", "share >", "feeds")
     for name, data in graph.nodes(data=True):
         figures = [f"{data['units']:,}", f"{data['kept']:,}", f"{data['share']:.0%}"] if data["units"] else [""] * 3
-        feeds = list(graph.successors(name))
-        few = ", ".join(feeds[:3]) + (f", … ({len(feeds)})" if len(feeds) > 3 else "")
-        table.add_row(name, str(data["stage"]), *figures, few)
+        table.add_row(name, str(data["stage"]), *figures, _few(graph.successors(name)))
     out.print(table)
     if options.out:
         write_bytes(options.out, json.dumps(nx.node_link_data(graph, edges="edges"), indent=1).encode())
@@ -368,6 +375,11 @@ def _table(*headings: str) -> Table:
             heading.removesuffix(" >"), justify="right" if heading.endswith(" >") else "left", overflow="fold"
         )
     return table
+
+
+def _few(names: Iterable[str], shown: int = 2) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -15,6 +19,7 @@ from nadhooks.errors import ModelError
 
 FACTORY = """
 import torch
+import torchvision
 def net(width=3):
     return torch.nn.Sequential(torch.nn.Conv2d(1, width, 1), torch.nn.Flatten(), torch.nn.Linear(4 * width, 2))
 def number():
@@ -131,3 +136,41 @@ def test_imagenet_classes_are_known_by_name_and_wordnet_id() -> None:
         assert known["n15075141"] == 999  # toilet paper
     assert zoo.class_index_of(zoo.load_model("torchvision:resnet18"))["tench"] == 0
     assert zoo.class_index_of(zoo.load_model("timm:resnet18,num_classes=10")) == {}
+
+
+def test_pretrained_weights_of_timm_come_from_the_hubs_cache(tmp_path: Path) -> None:
+    """The hub's own code, offline, with a file that lies where a download would have put it."""
+    model = zoo.load_model("timm:test_resnet")
+    folder = tmp_path / "hub" / "models--timm--test_resnet.r160_in1k"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    safetensors.torch.save_file(model.state_dict(), folder / "snapshots" / "abc" / "model.safetensors")
+    program = (
+        "import torch; from nadhooks import zoo; m = zoo.load_model('timm:test_resnet', pretrained=True);"
+        "torch.save(m.state_dict(), 'loaded.pt')"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_pretrained_weights_of_torchvision_come_from_torch_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.load_model("torchvision:squeezenet1_1")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    name = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]
+    torch.save(model.state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    loaded = zoo.load_model("torchvision:squeezenet1_1", pretrained=True).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
+    monkeypatch.setattr(type(weights), "url", "http://127.0.0.1:9/x.pth")
+    with pytest.raises(ModelError, match="torchvision:squeezenet1_1 cannot be made: URLError"):
+        zoo.load_model("torchvision:squeezenet1_1", pretrained=True)
