@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules import activation
 
 from .errors import SiteError
-from .tracing import Call, Leaf, Trace, has_weights, input_units, layer_axis, never_fired
+from .structure import block_names, head_projections, hidden_activations
+from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired
 
 Side = Literal["input", "output"]
 
@@ -77,7 +76,7 @@ def blocks() -> Selector:
     A block is a module of two or more convolutions or linear layers that has siblings of its own class; a stage that
     holds such blocks is not one itself. Networks without blocks, such as VGG, give the last tensor before each layer.
     """
-    return Selector("blocks()", lambda trace: Selection([Pick(name) for name in _block_names(trace)]))
+    return Selector("blocks()", lambda trace: Selection([Pick(name) for name in block_names(trace)]))
 
 
 def channels() -> Selector:
@@ -100,24 +99,7 @@ def neurons() -> Selector:
     That is what an activation puts out between two linear layers or 1x1 convolutions of one module.
     """
 
-    def select(trace: Trace) -> Selection:
-        selection = Selection()
-        for index in [None, *range(len(trace.calls))]:
-            hidden: Call | None = None  # the activation that followed the last layer
-            after_layer = False
-            for call in (trace.calls[child] for child in trace.children[index]):
-                if _is_pointwise(call.module):
-                    if hidden is not None and _puts_out(hidden, call.module):
-                        selection.picks.append(Pick(hidden.name))
-                    hidden, after_layer = None, True
-                elif has_weights(call.module):
-                    hidden, after_layer = None, False
-                elif after_layer and hidden is None and _is_activation(call):
-                    hidden = call
-        selection.picks = list(dict.fromkeys(selection.picks))
-        return selection
-
-    return Selector("neurons()", select)
+    return Selector("neurons()", lambda trace: Selection([Pick(name) for name in hidden_activations(trace)]))
 
 
 def heads() -> Selector:
@@ -129,27 +111,8 @@ def heads() -> Selector:
     """
 
     def select(trace: Trace) -> Selection:
-        selection = Selection()
-        for name, module in trace.model.named_modules():
-            number = getattr(module, "num_heads", None)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                continue
-            call = trace.call(name)
-            if call is None or any(hasattr(part, "num_heads") for part in module.modules() if part is not module):
-                continue
-            own = {leaf.serial for leaf in call.inputs}
-            linear = [c for c in trace.inside(call) if isinstance(c.module, nn.Linear)]
-            last = linear[-1] if linear else None
-            if last is None or any(leaf.serial in own for leaf in last.inputs):
-                if any(True for _ in module.parameters()):
-                    selection.skipped[name] = "its output projection never fires (its weight is used functionally)"
-            elif (input_units(last.module) or 0) % number:
-                selection.skipped[name] = (
-                    f"{last.name} takes {input_units(last.module)} features, not {number} equal heads"
-                )
-            else:
-                selection.picks.append(Pick(last.name, side="input", units=number))
-        return selection
+        projections, skipped = head_projections(trace)
+        return Selection([Pick(name, side="input", units=heads) for name, heads in projections.items()], skipped)
 
     return Selector("heads()", select)
 
@@ -299,93 +262,9 @@ def _given_axis(module: str, axis: Axis | None) -> int | None:
     return axis
 
 
-# --- what the selectors look for -------------------------------------------------------------------------------------
-
-
-def _block_names(trace: Trace) -> list[str]:
-    modules = dict(trace.model.named_modules())
-    composite = [call for call in trace.fired() if call.name and _is_composite(call.module)]
-    family = {call.name: _family(call.name, modules) for call in composite}
-    siblings = Counter((family[call.name], type(call.module)) for call in composite)
-    repeated = [call for call in composite if siblings[family[call.name], type(call.module)] > 1]
-    # a class of its own that stands in a row with blocks is a block too: EfficientNet's first, say
-    rows = {_row(call.name, family[call.name]) for call in repeated} - {None}
-    blocks = [call for call in composite if call in repeated or _row(call.name, family[call.name]) in rows]
-    for stage in list(blocks):
-        inner = [call for call in blocks if call.name.startswith(stage.name + ".")]
-        if not inner or stage not in blocks:
-            continue
-        if _shapes(stage) == _shapes(inner[-1]):  # a stage that puts out what its last block does
-            blocks.remove(stage)
-        else:  # a block of its own, whose parts are collected: DenseNet's
-            blocks = [call for call in blocks if call not in inner]
-    return [call.name for call in blocks] or _segment_ends(trace)
-
-
-def _row(name: str, family: str) -> tuple[str, int] | None:
-    """The container within the family that a module stands in, and how deep; None outside containers."""
-    inside = name[len(family) :].strip(".").split(".")
-    return (f"{family}.{inside[0]}", len(inside)) if len(inside) > 1 else None
-
-
-def _shapes(call: Call) -> list[tuple[int, ...]]:
-    return [leaf.shape for leaf in call.outputs]
-
-
-def _is_composite(module: nn.Module) -> bool:
-    plain = type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return not plain and sum(has_weights(part) for part in module.modules()) > 1
-
-
-def _family(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The nearest module above that is more than a container: its parts are siblings, however they are grouped."""
-    parent = name.rpartition(".")[0]
-    while parent and type(modules[parent]) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-        parent = parent.rpartition(".")[0]
-    return parent
-
-
-def _segment_ends(trace: Trace) -> list[str]:
-    """For plain stacks of layers: the last module before each next layer whose units are the last layer's."""
-    ends: list[str] = []
-    candidate: str | None = None
-    units: int | None = None
-    for call in trace.fired():
-        if list(call.module.children()) or not call.outputs:
-            continue
-        leaf = call.outputs[0]
-        axis = trace.axis(call, leaf)
-        if has_weights(call.module):
-            ends += [candidate] if candidate else []
-            candidate, units = call.name, None if axis is None else leaf.shape[axis]
-        elif candidate and axis is not None and leaf.shape[axis] == units:
-            candidate = call.name
-    return ends  # the last segment is the model's own output
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    kernel = getattr(module, "kernel_size", None)
-    return isinstance(module, nn.Linear) or (has_weights(module) and kernel is not None and set(kernel) == {1})
-
-
-def _puts_out(call: Call, taker: nn.Module) -> bool:
-    """The call puts out the units that the layer `taker` takes (a softmax between two layers does not)."""
-    shape = call.outputs[0].shape if call.outputs else ()
-    axis = layer_axis(taker, len(shape))
-    return axis is not None and axis < len(shape) and shape[axis] == input_units(taker)
-
-
-def _is_activation(call: Call) -> bool:
-    module = call.module
-    if type(module).__module__ == activation.__name__ and not isinstance(module, nn.MultiheadAttention):
-        return True
-    inert = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)) or layer_axis(module, 4) is not None
-    return not inert and not list(module.children()) and not list(module.parameters())
-
-
 def _glob_pattern(glob: str) -> re.Pattern[str]:
-    tokens = re.findall(r"\*\*|\*|\?|\[!?[^\]]+\]|.", glob)
-    spelled = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    tokens = re.findall(r"\*\*\.|\*\*|\*|\?|\[!?[^\]]+\]|.", glob)
+    spelled = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     return re.compile(
         "".join(
             spelled.get(token) or ("[" + token[1:].replace("!", "^", 1) if len(token) > 1 else re.escape(token))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,13 +49,18 @@ class Tasks:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def _rows(self) -> dict[Label, int]:
+        """Row of every label, and of every name that is not a label."""
+        return {name: row for row, name in enumerate(self.names)} | {
+            label: row for row, label in enumerate(self.labels)
+        }
+
     def row(self, task: object) -> int:
         """The row of one task, given by its name or its label."""
-        label = _label(task)
-        if label in self.labels:
-            return self.labels.index(label)
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
+        row = self._rows.get(_label(task))
+        if row is not None:
+            return row
         raise TaskError(f"unknown task {task!r}: expected {self._expected()}")
 
     def rows(self, labels: object) -> Tensor:

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
     {"errors", "_version", "formats.writing"},
     {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
-    {"sites", "methods"},
+    {"structure", "methods"},
+    {"sites"},
     {"hooking", "masks", "sampling"},
     {"wiring"},
     {"gates", "flow", "formats.dot"},

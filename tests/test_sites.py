@@ -96,6 +96,7 @@ def test_globs_stay_within_a_part_and_double_stars_do_not() -> None:
     assert names(model, "stages.?.*", TOKENS) == ["stages.0.0", "stages.0.1", "stages.1.0"]
     assert names(model, ["**.fc[12]", "attn"], TOKENS)[0] == "attn"
     assert len(names(model, ["**.fc[12]", "attn"], TOKENS)) == 7
+    assert names(model, "**.attn", TOKENS) == ["attn"]  # as in a shell, no part at all is fine too
     assert names(model, "**.fc[!2]", TOKENS) == ["stages.0.0.fc1", "stages.0.1.fc1", "stages.1.0.fc1"]
 
 
