@@ -362,7 +362,7 @@ def _learning(update: Callable[[int, int], None]) -> Callable[[Learnt], None]:
 def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the screen, gone when done; `update(done, total)` moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
 

@@ -77,10 +77,9 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def peek(loader: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
     """One sample (1, …) of a loader, and the loader with that sample still in it (iterators are read once only)."""
-    batches = iter(loader)
-    for first in batches:
+    for first in loader:
         images, _ = next(read([first]))
-        return images[:1], chain([first], batches) if batches is loader else loader
+        return images[:1], chain([first], loader) if isinstance(loader, Iterator) else loader
     raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
 
 
@@ -94,7 +93,7 @@ def generator(seed: int, label: Label) -> torch.Generator:
 
 def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
     """Batches of one task each, every epoch's last one possibly smaller, as a loader over that class alone gives."""
-    if method.epochs > 1 and iter(data.loader) is data.loader:
+    if method.epochs > 1 and isinstance(data.loader, Iterator):
         raise LearningError(
             f"{method.name} reads the data {method.epochs} times, got an iterator that ends after once; "
             "pass a DataLoader or a list of batches"

@@ -338,3 +338,54 @@ def test_the_kept_share_falls_from_one_to_the_target() -> None:
     assert shares == sorted(shares, reverse=True)
     assert shares[69] == shares[99] == pytest.approx(0.3)
     assert shares[34] == pytest.approx(0.3 + 0.7 * 0.5**3)
+
+
+# --- faults of the authors' code that must not come back ------------------------------------------------------------
+
+
+def test_no_gradients_are_computed_for_weights() -> None:
+    model = net()
+    required: list[bool] = []
+
+    def objective(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> Tensor:
+        required.extend(parameter.requires_grad for parameter in model.parameters())
+        return gates["act"].sum(1) + 0 * student.outputs.sum()
+
+    nadhooks.learn(model, loader(), "act", method=objective)
+    assert required
+    assert not any(required)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["nad", "class-only", "contrastive"])
+def test_one_network_is_in_memory_and_not_two(method: str) -> None:
+    class Unique(Mlp):
+        def __deepcopy__(self, memo: object) -> Unique:
+            raise AssertionError("copied")
+
+        def __reduce__(self) -> str:
+            raise AssertionError("pickled")
+
+    nadhooks.learn(seeded(Unique, SEED), loader(), "act", method=method)
+
+
+class Counted:
+    """A loader that counts how often it is read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.read += 1
+        return iter(loader())
+
+
+def test_all_classes_share_each_pass_over_the_data() -> None:
+    counted = Counted()
+    nadhooks.learn(net(), counted, "act", tasks=3, method=methods.nad(epochs=4))
+    assert counted.read == 1 + 4  # one look at the first sample, then the epochs
+    counted = Counted()
+    nadhooks.learn(net(), counted, "act", tasks=3)
+    assert counted.read == 1 + 1
