@@ -181,8 +181,8 @@ def _run_demo(options: argparse.Namespace, device: torch.device) -> list[Path]:
 
 def _sites(options: argparse.Namespace) -> None:
     with err.status("making the model and looking where gates would go"):
-        model, example = _model(options)
-        gates = attach(model, _chosen(options), example=example, axis=options.axis)
+        model = _model(options)
+        gates = attach(model, _chosen(options), axis=options.axis)
     with gates:
         table = _table("site", "class", "unit axis >", "units >", "fed by")
         modules = dict(model.named_modules())
@@ -201,7 +201,7 @@ def _sites(options: argparse.Namespace) -> None:
 def _learn(options: argparse.Namespace) -> None:
     _check_writable(options.out)
     with err.status("making the model"):
-        model, example = _model(options)
+        model = _model(options)
     transform = zoo.transform_for(model, options.model)
     classes = zoo.class_index_of(model)
     train = load_images(options.data, "train", transform, classes)
@@ -223,7 +223,6 @@ def _learn(options: argparse.Namespace) -> None:
             method=method,
             keep=options.keep,
             closed=options.closed,
-            example=example,
             axis=options.axis,
             seed=options.seed,
             progress=_learning(update),
@@ -276,14 +275,15 @@ def _inspect(options: argparse.Namespace) -> None:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _model(options: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
+def _model(options: argparse.Namespace) -> nn.Module:
     model = zoo.load_model(options.model, weights=options.weights, pretrained=options.pretrained)
     if options.weights is None and not options.pretrained and options.run is _learn:
-        err.print("nadhooks: note: the weights are random; pass --weights FILE or --pretrained for a trained model")
+        note = "nadhooks: note: the weights are random; pass --weights FILE or --pretrained for a trained model"
+        err.print(note, soft_wrap=True)
     model = model.to(_device(options.device))
     if options.image_size is not None:
         zoo.set_image_size(model, options.image_size)
-    return model, zoo.example_for(model)
+    return model
 
 
 def _device(name: str) -> torch.device:

@@ -244,7 +244,8 @@ class Gates:
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Measures what closed="mean" needs: each unit's mean over the data, all samples and positions alike.
 
-        batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them. The model runs in eval mode.
+        batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them. The model runs in eval mode
+        with open gates. From then on closed units put out their means. Raises NadhooksError where there is no batch.
         """
         model = self.attached()
         sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in self.sites}
@@ -255,14 +256,11 @@ class Gates:
             counts[site.name] += x.numel() // site.units
 
         device = next((p.device for p in model.parameters()), None)
-        with torch.no_grad(), undisturbed(model), self.watch(add):
+        everything_open = _Activation(self)
+        with torch.no_grad(), undisturbed(model), everything_open, self.watch(add):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
                 call_model(model, pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
-        self.set_means(sums, counts)
-
-    def set_means(self, sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-        """Means from sums (units,) over `counts` positions of each site; closed units put them out from now on."""
         if not all(counts.values()):
             raise NadhooksError("expected at least one batch to take the units' means from, got none")
         self.means = {name: (total / counts[name]).to(self.logits[name].dtype) for name, total in sums.items()}

@@ -74,7 +74,7 @@ def example_for(model: nn.Module) -> Tensor:
     if size is None:
         raise ModelError(
             f"nothing tells what input {type(model).__name__} takes; pass example=, the forward arguments "
-            "(a tensor, a tuple or a dict), for instance example=images[:1]"
+            "(a tensor, a tuple or a dict), for instance example=images[:1]; on the command line, --image-size"
         )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))  # the global random state is the user's

@@ -69,6 +69,26 @@ def test_sites_lists_units_wiring_and_what_was_left_out(capsys: pytest.CaptureFi
     assert "self_attention.out_proj" in shown
 
 
+OWN = """
+import torch
+from torchvision.transforms.functional import to_tensor
+def build():
+    layers = [torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 8, 3), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10))
+transform = to_tensor
+"""
+
+
+def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.py").write_text(OWN)
+    assert run("learn", "net.py:build", "--data", "digits", "--tasks", "0", "1", "--no-test") == 0
+    assert [site.name for site in nadhooks.load("masks.safetensors").sites] == ["1", "5"]
+    assert run("sites", "net.py:build") == 1
+    assert "on the command line, --image-size" in capsys.readouterr().err
+    assert run("sites", "net.py:build", "--image-size", "8") == 0
+    assert "AdaptiveAvgPool2d" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -85,6 +85,17 @@ def test_a_closed_unit_puts_out_zero_or_its_mean_and_nothing_else_changes() -> N
         torch.testing.assert_close(seen["act2"][:, 2], torch.full_like(seen["act2"][:, 2], float(mean)))
 
 
+def test_means_are_measured_with_open_gates() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", example=x) as gates:
+        gates.logits["act"].data.fill_(0)
+        with gates(0):
+            gates.calibrate([(x, None)])
+        torch.testing.assert_close(gates.means["act"], model.act(model.fc1(x)).mean(0).detach())
+        with pytest.raises(nadhooks.NadhooksError, match="expected at least one batch"):
+            gates.calibrate([])
+
+
 def test_closes_combine_with_each_other_and_with_tasks() -> None:
     model, x = seeded(Mlp), vectors()
     with nadhooks.attach(model, "act", tasks=2, example=x) as gates:
