@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -126,6 +127,22 @@ class _SiteGate:
         return gate(x, g, site.axis, site.block, gates._closed_values(site))
 
 
+class _Entry:
+    """Checks, as the model is entered, that there is a label for each sample."""
+
+    def __init__(self, gates: Gates):
+        self.gates = gates
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        rows = self.gates._rows
+        first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()), None)
+        if rows is not None and first is not None and len(rows) not in (1, len(first)):
+            raise TaskError(
+                f"expected one label for each of the {len(first)} samples, got {len(rows)}; "
+                "or pass one task for the whole batch"
+            )
+
+
 class Gates:
     """Gates on a model: the logits, and the hooks that apply them. Made by `attach`.
 
@@ -142,6 +159,12 @@ class Gates:
         self, model: nn.Module, sites: Sites | None, tasks: Tasks, closed: Closed, example: Any, axis: Axis | None
     ):
         check_closed(closed)
+        with torch.inference_mode(False):  # logits made there could never learn, and nothing there has wiring
+            self._attach(model, sites, tasks, closed, example, axis)
+
+    def _attach(
+        self, model: nn.Module, sites: Sites | None, tasks: Tasks, closed: Closed, example: Any, axis: Axis | None
+    ) -> None:
         seen = trace(model, example)
         self.model: nn.Module | None = model  # None once detached
         self.sites, self.skipped = find(seen, sites, axis)
@@ -162,6 +185,7 @@ class Gates:
             for site in self.sites:
                 self._handles.append(on_site(model, site, _SiteGate(self, site)))
                 undo.callback(self._handles[-1].remove)
+            self._handles.append(model.register_forward_pre_hook(_Entry(self), with_kwargs=True))
             undo.pop_all()
 
     # --- learning ---
@@ -191,8 +215,12 @@ class Gates:
 
         For estimators of one's own: gradients flow into `values`. Sites that are not named stay open.
         """
+        if not isinstance(values, Mapping):
+            raise SiteError(f"expected gates as {{site: tensor}}, got {type(values).__name__}")
         for name, value in values.items():
             site = self._site(name)
+            if not isinstance(value, Tensor) or not len(value):
+                raise SiteError(f"{name}: expected a tensor of gates, got {value!r}")
             if value.dim() not in (1, 2) or value.shape[-1] != site.units:
                 raise SiteError(
                     f"{name}: expected gates of shape ({site.units},) or (batch, {site.units}), "
@@ -207,17 +235,7 @@ class Gates:
         units: an index, several indices, or a (units,) boolean tensor.
         """
         self.attached()
-        known = self._site(site)
-        shut = torch.zeros(known.units, dtype=torch.bool)
-        chosen = torch.as_tensor(units if isinstance(units, (int, Tensor)) else list(units)).cpu()
-        if chosen.dtype == torch.bool:
-            if chosen.shape != shut.shape:
-                raise SiteError(f"{site}: expected {known.units} booleans, got shape {tuple(chosen.shape)}")
-            shut |= chosen
-        elif chosen.numel():
-            if chosen.is_floating_point() or chosen.min() < -known.units or chosen.max() >= known.units:
-                raise SiteError(f"{site}: expected units from 0 to {known.units - 1}, got {units!r}")
-            shut[chosen] = True
+        shut = _chosen(units, self._site(site))
         before = self._shut.get(site)
         self._shut[site] = shut if before is None else shut | before
         try:
@@ -256,8 +274,11 @@ class Gates:
             counts[site.name] += x.numel() // site.units
 
         device = next((p.device for p in model.parameters()), None)
-        everything_open = _Activation(self)
-        with torch.no_grad(), undisturbed(model), everything_open, self.watch(add):
+        everything_open, shut, self._shut = _Activation(self), self._shut, {}
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_shut", shut)
+            for context in (torch.no_grad(), undisturbed(model), everything_open, self.watch(add)):
+                stack.enter_context(context)
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
                 call_model(model, pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
@@ -285,6 +306,8 @@ class Gates:
         Optimisers keep working if the tasks are as many as before; otherwise the logits are new parameters.
         Raises SiteError when the masks belong to other sites.
         """
+        if not isinstance(masks, Masks):
+            raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
         check_same_sites(masks.sites, self.sites, "attach with sites=masks.sites, or load the masks of this model")
         if len(masks.tasks) != len(self.task_rows):
             self._set_tasks(masks.task_rows)
@@ -367,6 +390,25 @@ class _Activation:
         self._gates._rows, self._gates._values = self._before.pop()
 
 
+def _chosen(units: object, site: Site) -> Tensor:
+    """An index, indices or booleans as a (units,) boolean tensor."""
+    wrong = f"{site.name}: expected units from 0 to {site.units - 1}, or {site.units} booleans, got {units!r}"
+    shut = torch.zeros(site.units, dtype=torch.bool)
+    try:
+        if not isinstance(units, (Tensor, str)) and hasattr(units, "__iter__"):
+            units = [x if isinstance(x, bool) else operator.index(x) for x in units]
+        chosen = units.cpu() if isinstance(units, Tensor) else torch.tensor(units)
+        if chosen.dtype == torch.bool and chosen.shape == shut.shape:
+            return chosen
+        whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+        if chosen.numel() and not (whole and -site.units <= int(chosen.min()) <= int(chosen.max()) < site.units):
+            raise SiteError(wrong)
+        shut[chosen.long()] = True
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SiteError(wrong) from error
+    return shut
+
+
 def check_closed(closed: str) -> None:
     if closed not in ("zero", "mean"):
         raise NadhooksError(f"closed: expected 'zero' or 'mean', got {closed!r}")
@@ -393,5 +435,6 @@ def _check_model(model: nn.Module) -> None:
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{where} is a ScriptModule, which refuses hooks; attach to the original module")
-        if type(module).__name__ == "OptimizedModule":  # torch.compile
+        # torch.compile(model), or model.compile()
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ModelError(f"{where} is compiled, and hooks attached now would be ignored; attach, then compile")

@@ -19,11 +19,19 @@ class SiteHook:
         self.site = site
         self.change = change
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
-        """As a forward hook or, for sites on a module's input, as a forward pre-hook; None means nothing changed."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """As a forward hook or, for sites on a module's input, as a forward pre-hook with keyword arguments.
+
+        None means that nothing changed.
+        """
         if self.site.side == "input":
-            changed = self.change(args[0])
-            return None if changed is None else (changed, *args[1:])
+            kwargs: dict[str, Any] = output
+            if args:
+                changed = self.change(args[0])
+                return None if changed is None else ((changed, *args[1:]), kwargs)
+            first = next(iter(kwargs))
+            changed = self.change(kwargs[first])
+            return None if changed is None else (args, {**kwargs, first: changed})
         if self.site.leaf is None:
             return self.change(output)
         leaves, structure = pytree.tree_flatten(output)
@@ -39,5 +47,5 @@ def on_site(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | No
     module = model.get_submodule(site.module)
     hook = SiteHook(site, change)
     if site.side == "input":
-        return module.register_forward_pre_hook(hook, prepend=False)
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
     return module.register_forward_hook(hook, prepend=True)

@@ -60,18 +60,22 @@ def learn(
     LearningError for an empty loader, a task without samples and a loss that is not finite, TaskError for labels that
     do not fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     method = _method(method)
     keep = _keep(keep, method)
-    closed = closed or method.closed
+    closed = method.closed if closed is None else closed
     check_closed(closed)
     given = Tasks.of(tasks) if tasks is not None else None
-    with frozen(model):
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)  # for a loader that shuffles; `frozen` puts the user's random state back
         sample, loader = peek(loader)
         device = next((p.device for p in model.parameters()), sample.device)
         with attach(model, sites, example=sample.to(device) if example is None else example, axis=axis) as gates:
             with torch.no_grad():
                 outputs = logits_of(call_model(model, sample.to(device)))
+            if outputs.shape[1] < 2:
+                raise ModelError("expected a classifier of two or more classes, got one output")
             data = Data(loader, outputs.shape[1], device)
             learner = _Learner(gates, data, method, keep, closed, seed, progress)
             known, values = learner.own(given) if method.sampling == "own" else learner.balanced(given)
@@ -97,6 +101,11 @@ class _Learner:
 
     def own(self, tasks: Tasks | None) -> tuple[Tasks, Table]:
         """Each task sees its own samples only, batch by batch as the loader shows them."""
+        if isinstance(self.data.loader, Iterator):
+            raise LearningError(
+                f"{self.method.name} reads the data again and again ({self.method.epochs} epochs), got an iterator "
+                "that ends after once; pass a DataLoader or a list of batches"
+            )
         tasks = self.data.tasks(tasks)
         if self.closed == "mean":
             self.gates.calibrate(images for images, _ in self.data.batches())
@@ -137,16 +146,19 @@ class _Learner:
             with torch.no_grad():
                 open_pass = self.forward(batch.images)
             teacher = Pass(open_pass.outputs[batch.picked], {s: x[batch.picked] for s, x in open_pass.sites.items()})
-            with self.gates.apply({site: gate[batch.samples.rows] for site, gate in table.items()}):
+            rows = batch.samples.rows
+            with self.gates.apply({site: gate[rows] for site, gate in table.items()}):
                 student = self.forward(batch.images[batch.picked])
-            losses = method.objective(student, teacher, batch.samples, table)  # (tasks,)
-            losses = losses[batch.samples.rows.unique()]  # a penalty must not move tasks that the batch does not show
+                losses = method.objective(student, teacher, batch.samples, table)  # (tasks,)
+                _check_losses(losses, len(next(iter(scores.values()))))
+                losses = losses[rows.unique()]  # a penalty must not move tasks that the batch does not show
+                # inside `apply`: activation checkpointing runs the forward pass again in here
+                gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
             if not bool(losses.isfinite().all()):
                 value = float(losses.detach().sum())
                 raise LearningError(
                     f"the loss is {value} at step {index + 1}; look for NaN in the inputs and the weights"
                 )
-            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
             with torch.no_grad():
                 method.update(scores, dict(zip(scores, gradients, strict=True)), step, state)
             if self.progress:
@@ -189,12 +201,20 @@ def logits_of(outputs: Any) -> Tensor:
     return first
 
 
+def _check_losses(losses: object, tasks: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (tasks,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise LearningError(f"the objective must give one loss per task, shape ({tasks},), got {got}")
+    if not losses.requires_grad:
+        raise LearningError("the objective does not depend on any gate, so nothing can be learnt from it")
+
+
 def _method(method: str | Method | Objective) -> Method:
     if isinstance(method, Method):
         return method
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
-    if callable(method):
+    if callable(method) and method not in METHODS.values():
         return from_objective(method)
     raise NadhooksError(f"method: expected {', '.join(map(repr, METHODS))}, a Method or an objective, got {method!r}")
 
@@ -206,6 +226,6 @@ def _keep(keep: float | None, method: Method) -> float | None:
         raise NadhooksError(
             f"keep: with {method.name!r} the share that is kept follows from its options, got keep={keep}"
         )
-    if not 0 < keep <= 1:
+    if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise NadhooksError(f"keep: expected a share above 0 and at most 1, got {keep}")
     return keep

@@ -139,14 +139,14 @@ class Masks:
 
     def select(self, tasks: object) -> Masks:
         """The masks of some tasks, by name or label, in that order; a single one may stand alone."""
-        alone = isinstance(tasks, (str, int)) or not isinstance(tasks, Iterable)
+        alone = isinstance(tasks, (str, int)) or not isinstance(tasks, Iterable) or getattr(tasks, "ndim", 1) == 0
         rows = [self.task_rows.row(task) for task in ([tasks] if alone else list(tasks))]  # type: ignore[call-overload]
         if not rows:
             raise TaskError("select: expected at least one task, got none")
         return self.replaced({name: value[rows] for name, value in self.values.items()}, self.task_rows.select(rows))
 
     def __and__(self, other: Masks) -> Masks:
-        """What both keep, task by task (the smaller gate)."""
+        """What both keep, task by task (the smaller gate). The second may be of one task, which meets every other."""
         return self._combined(other, torch.minimum)
 
     def __or__(self, other: Masks) -> Masks:
@@ -159,8 +159,10 @@ class Masks:
 
     def _combined(self, other: Masks, combine: Any) -> Masks:
         check_same_sites(other.sites, self.sites, "combine masks of one model and one choice of sites")
-        if len(other) not in (1, len(self)):
-            raise TaskError(f"expected masks of {len(self)} tasks or of one, got {len(other)}")
+        if other.closed != self.closed:
+            raise SiteError(f"expected masks whose closed units put out {self.closed!r}, got {other.closed!r}")
+        if len(other) > 1:
+            other = other.select(self.labels)  # task by task, in whatever order
         return self.replaced({name: combine(value, other[name].to(value.dtype)) for name, value in self.values.items()})
 
     def replaced(
@@ -208,22 +210,27 @@ class Masks:
                 f"expected mask file format {FORMAT_VERSION}, got {version!r}; a newer nadhooks may read it"
             )
         try:
-            sites = tuple(Site(**site) for site in header["sites"])
-            tasks = Tasks(
-                tuple(task["label"] for task in header["tasks"]), tuple(task["name"] for task in header["tasks"])
-            )
+            sites = tuple(_site(site) for site in header["sites"])
+            if not sites or len({site.name for site in sites}) < len(sites):
+                raise MaskFileError("not a valid mask file: it names no site, or one twice")
+            names = {task["label"]: task["name"] for task in header["tasks"]}
+            if len(names) < len(header["tasks"]) or not all(isinstance(name, str) for name in names.values()):
+                raise MaskFileError("not a valid mask file: a task without a name, or one twice")
+            tasks = Tasks.of(names)
             values = {}
             for site in sites:
                 value = tensors[f"mask/{site.name}"]
                 values[site.name] = value.float() if value.dtype == torch.bool else value
             means = {site.name: tensors[f"mean/{site.name}"] for site in sites} if header["closed"] == "mean" else {}
             return cls(sites, values, tasks, _wiring(header, sites), header["closed"], means, header["provenance"])
-        except (KeyError, TypeError, AttributeError, SiteError, TaskError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, SiteError, TaskError) as error:
             raise MaskFileError(f"not a valid mask file: {type(error).__name__}: {error}") from error
 
 
 def load(path: str | PathLike[str]) -> Masks:
     """Reads a mask file. No code in the file can run. Raises MaskFileError for any other file."""
+    if not isinstance(path, (str, PathLike)):
+        raise MaskFileError(f"expected the path of a mask file, got {path!r}")
     try:
         return Masks.from_parts(*mask_file.read(path))
     except MaskFileError as error:
@@ -237,6 +244,16 @@ def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str)
             raise SiteError(f"the sites differ: expected {_described(ours)}, got {_described(theirs)}; {remedy}")
     if len(got) != len(expected):
         raise SiteError(f"the sites differ: expected {len(expected)} sites, got {len(got)}; {remedy}")
+
+
+def _site(fields: Mapping[str, Any]) -> Site:
+    """A site as a file describes it, with every field of its own kind."""
+    site = Site(**fields)
+    words = isinstance(site.name, str) and isinstance(site.module, str) and site.side in ("input", "output")
+    numbers = all(type(n) is int and n > 0 for n in (site.axis, site.units, site.block))
+    if not words or not numbers or not (site.leaf is None or type(site.leaf) is int):
+        raise ValueError(f"not a site: {fields!r}")
+    return site
 
 
 def _described(site: Site) -> str:

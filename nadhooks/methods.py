@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import objectives
+from .errors import LearningError
 
 Table = dict[str, Tensor]  # {site: (tasks, units)}
 
@@ -74,6 +75,12 @@ class Method:
     positives: int = 0
     negatives: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        needed = ("epochs", "batch") if self.sampling == "own" else ("steps", "positives")
+        for name in needed:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise LearningError(f"{self.name}: expected {name} of at least 1, got {getattr(self, name)!r}")
 
 
 # --- the authors' method ---------------------------------------------------------------------------------------------

@@ -63,22 +63,28 @@ class Data:
 
 def read(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """(inputs, labels) batches of a training loop's loader, one whole-number label per sample."""
+    if not isinstance(loader, Iterable):
+        raise LearningError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}")
     for batch in loader:
         if not (isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[0], Tensor)):
             raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {type(batch).__name__}")
-        images, labels = batch[0], torch.as_tensor(batch[1])
+        try:
+            images, labels = batch[0], torch.as_tensor(batch[1])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TaskError(f"expected whole-number labels, got {batch[1]!r}: {error}") from error
         if labels.dim() != 1 or len(labels) != len(images) or labels.is_floating_point():
             raise TaskError(
                 f"expected {len(images)} whole-number labels, one per sample, "
                 f"got shape {tuple(labels.shape)} of {labels.dtype}"
             )
-        yield images, labels.cpu()
+        if len(images):
+            yield images, labels.cpu().long()
 
 
 def peek(loader: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
     """One sample (1, …) of a loader, and the loader with that sample still in it (iterators are read once only)."""
-    for first in loader:
-        images, _ = next(read([first]))
+    for images, labels in read(loader):
+        first = (images, labels)
         return images[:1], chain([first], loader) if isinstance(loader, Iterator) else loader
     raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
 
@@ -93,11 +99,6 @@ def generator(seed: int, label: Label) -> torch.Generator:
 
 def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
     """Batches of one task each, every epoch's last one possibly smaller, as a loader over that class alone gives."""
-    if method.epochs > 1 and isinstance(data.loader, Iterator):
-        raise LearningError(
-            f"{method.name} reads the data {method.epochs} times, got an iterator that ends after once; "
-            "pass a DataLoader or a list of batches"
-        )
     total = method.epochs * len(data.loader) if isinstance(data.loader, Sized) else 0
     done = 0
     for _ in range(method.epochs):
@@ -154,7 +155,7 @@ class Pool:
             }
             for image, label in zip(images, labels.tolist(), strict=True):
                 if len(kept.setdefault(label, [])) < limits[label]:
-                    kept[label].append(image)
+                    kept[label].append(image.clone())  # a view would keep its whole batch in memory
             if all(len(kept.get(label, ())) == limit for label, limit in limits.items()):
                 break
         stretches, end = {}, 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import SiteError
 from .structure import block_names, head_projections, hidden_activations
-from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired
+from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, samples_lie_on_axis_0
 
 Side = Literal["input", "output"]
 
@@ -147,7 +147,13 @@ def where(condition: Callable[[str, nn.Module], bool]) -> Selector:
     """Modules for which `condition(name, module)` holds."""
 
     def select(trace: Trace) -> Selection:
-        chosen = [name for name, module in trace.model.named_modules() if name and condition(name, module)]
+        try:
+            chosen = [name for name, module in trace.model.named_modules() if name and condition(name, module)]
+        except TypeError as error:
+            raise SiteError(
+                f"sites: expected a callable (name, module) -> bool, got {condition!r}: {error} "
+                "(selectors are called: nadhooks.sites.blocks())"
+            ) from error
         fired = [name for name in chosen if trace.call(name)]
         if chosen and not fired:
             raise SiteError(f"the forward pass never calls any of the chosen modules ({', '.join(chosen[:3])} …)")
@@ -221,9 +227,13 @@ def find(trace: Trace, sites: Sites | None, axis: Axis | None = None) -> tuple[t
 
 def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -> Site:
     name = pick.module + ("@input" if pick.side == "input" else "" if call.bare else f"[{leaf.index}]")
+    if name in ("input", "output"):  # what flow graphs call their ends
+        name += "@output"
     given = _given_axis(pick.module, axis)
     ndim = len(leaf.shape)
     if given is not None:
+        if not isinstance(given, int):
+            raise SiteError(f"{name}: axis: expected an integer or {{glob: integer}}, got {given!r}")
         if not -ndim < given < ndim or given == 0:
             raise SiteError(f"{name}: axis={given} does not fit a tensor of shape {leaf.shape}; axis 0 is the batch")
         where = given % ndim
@@ -236,6 +246,18 @@ def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -
             )
         where = known
     positions = leaf.shape[where]
+    again = [other for other in trace.calls if other.name == call.name and other is not call]
+    others = {
+        leaf.shape[where : where + 1] for c in again for leaf in (c.inputs[:1] if pick.side == "input" else c.outputs)
+    }
+    if call.bare and others - {(positions,)}:
+        raise SiteError(
+            f"{name}: it is called several times, and not always with {positions} units; choose other modules"
+        )
+    if not samples_lie_on_axis_0(trace, call, leaf):
+        raise SiteError(
+            f"{name}: axis 0 of shape {leaf.shape} does not hold the samples, so gates cannot differ by sample"
+        )
     units = pick.units or positions
     index = None if call.bare or pick.side == "input" else leaf.index
     return Site(name, where, units, pick.module, pick.side, index, positions // units)
@@ -258,13 +280,20 @@ def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
 
 def _given_axis(module: str, axis: Axis | None) -> int | None:
     if isinstance(axis, Mapping):
-        return next((value for glob, value in axis.items() if _glob_pattern(glob).fullmatch(module)), None)
+        return next((value for glob, value in axis.items() if _glob_pattern(str(glob)).fullmatch(module)), None)
     return axis
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:
     tokens = re.findall(r"\*\*\.|\*\*|\*|\?|\[!?[^\]]+\]|.", glob)
     spelled = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    try:
+        return _compiled(tokens, spelled)
+    except re.error as error:
+        raise SiteError(f"{glob!r} is not a glob: {error}") from error
+
+
+def _compiled(tokens: list[str], spelled: dict[str, str]) -> re.Pattern[str]:
     return re.compile(
         "".join(
             spelled.get(token) or ("[" + token[1:].replace("!", "^", 1) if len(token) > 1 else re.escape(token))

@@ -27,9 +27,9 @@ def block_names(trace: Trace) -> list[str]:
         inner = [call for call in blocks if call.name.startswith(stage.name + ".")]
         if not inner or stage not in blocks:
             continue
-        if _shapes(stage) == _shapes(inner[-1]):  # a stage that puts out what its last block does
+        if _put_out(stage) == _put_out(inner[-1]):  # a stage hands on the very tensor of its last block
             blocks.remove(stage)
-        else:  # a block of its own, whose parts are collected: DenseNet's
+        else:  # a block of its own, which does something with what its parts put out
             blocks = [call for call in blocks if call not in inner]
     return [call.name for call in blocks] or segment_ends(trace)
 
@@ -40,8 +40,8 @@ def _row(name: str, family: str) -> tuple[str, int] | None:
     return (family, containers) if containers else None
 
 
-def _shapes(call: Call) -> list[tuple[int, ...]]:
-    return [leaf.shape for leaf in call.outputs]
+def _put_out(call: Call) -> list[int]:
+    return [leaf.serial for leaf in call.outputs]
 
 
 def _is_composite(module: nn.Module) -> bool:

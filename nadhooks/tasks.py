@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,17 +34,19 @@ class Tasks:
     @classmethod
     def of(cls, tasks: TaskSpec) -> Tasks:
         """From a number K (labels 0..K-1), a sequence of labels, or a mapping from label to name."""
-        if isinstance(tasks, (bool, str, bytes)):
-            raise TaskError(f"tasks: expected a number, a sequence of labels or {{label: name}}, got {tasks!r}")
-        if isinstance(tasks, int):
-            if tasks < 1:
-                raise TaskError(f"tasks: expected a number of at least 1, got {tasks}")
-            return cls(tuple(range(tasks)), tuple(str(label) for label in range(tasks)))
         if isinstance(tasks, Mapping):
             return cls(tuple(map(_label, tasks)), tuple(str(name) for name in tasks.values()))
-        if not isinstance(tasks, (Sequence, range)) and not hasattr(tasks, "__iter__"):
-            raise TaskError(f"tasks: expected a number, a sequence of labels or {{label: name}}, got {tasks!r}")
-        labels = tuple(map(_label, tasks))
+        if isinstance(tasks, (bool, str, bytes)) or not hasattr(tasks, "__iter__") or getattr(tasks, "ndim", 1) == 0:
+            try:
+                number = _label(tasks)
+            except TaskError:
+                number = ""
+            if not isinstance(number, int) or number < 1:
+                raise TaskError(
+                    f"tasks: expected a number of at least 1, a sequence of labels or {{label: name}}, got {tasks!r}"
+                )
+            return cls(tuple(range(number)), tuple(str(label) for label in range(number)))
+        labels = tuple(_label(task) for task in tasks)  # type: ignore[union-attr]
         return cls(labels, tuple(str(label) for label in labels))
 
     def __len__(self) -> int:
@@ -72,9 +75,13 @@ class Tasks:
                 raise TaskError(f"labels: expected one per sample, shape (batch,), got shape {tuple(labels.shape)}")
             # one round trip to the host; the few labels of a batch cost less than a look-up on the device would
             return torch.tensor([self.row(label) for label in labels.reshape(-1).tolist()], dtype=torch.long)
-        if isinstance(labels, (str, int)) or not hasattr(labels, "__iter__"):
-            return torch.tensor([self.row(labels)])
-        return torch.tensor([self.row(label) for label in labels], dtype=torch.long)
+        alone = (
+            isinstance(labels, (str, bytes, int)) or not hasattr(labels, "__iter__") or getattr(labels, "ndim", 1) == 0
+        )
+        rows = [self.row(labels)] if alone else [self.row(label) for label in labels]  # type: ignore[attr-defined]
+        if not rows:
+            raise TaskError("labels: expected one per sample, got none")
+        return torch.tensor(rows, dtype=torch.long)
 
     def select(self, rows: Sequence[int]) -> Tasks:
         return Tasks(tuple(self.labels[row] for row in rows), tuple(self.names[row] for row in rows))
@@ -89,10 +96,11 @@ class Tasks:
 
 
 def _label(label: object) -> Label:
-    if isinstance(label, Tensor) and label.dim() == 0 and not label.is_floating_point():
-        return int(label)
     if isinstance(label, str):
         return label
-    if isinstance(label, Hashable) and hasattr(label, "__index__"):  # int and numpy's integers
-        return int(label)
+    try:
+        if not isinstance(label, bool) and not (isinstance(label, Tensor) and label.dtype == torch.bool):
+            return operator.index(label)  # type: ignore[arg-type]  # int, numpy's integers, tensors of one integer
+    except (TypeError, ValueError, RuntimeError):
+        pass
     raise TaskError(f"expected a label that is an integer or a name, got {label!r}")

@@ -54,6 +54,7 @@ class Trace:
 
     model: nn.Module
     calls: list[Call]
+    twice: Trace | None = None  # the same with every sample twice, where the example allows that
 
     def __post_init__(self) -> None:
         self.first: dict[str, int] = {}
@@ -88,15 +89,12 @@ class Trace:
         """
         inside = [made for made in self.inside(call) if layer_axis(made.module, 4) is not None]
         made_by = inside or [c for c in self.calls if c.done < call.done and layer_axis(c.module, 4) is not None]
-        for maker in sorted(made_by, key=lambda c: c.done)[-1:]:
-            axis = _axis_like(leaf.shape, maker)
-            if axis is not None:
-                return axis
-        for taker in self._takers(leaf):
-            axis = layer_axis(taker.module, len(leaf.shape))
-            if axis is not None and leaf.shape[axis] == input_units(taker.module):
-                return axis
-        return None
+        made = [_axis_like(leaf.shape, maker) for maker in sorted(made_by, key=lambda c: c.done)[-1:]]
+        takers = ((layer_axis(c.module, len(leaf.shape)), input_units(c.module)) for c in self._takers(leaf))
+        taken: list[int | None] = [a for a, units in takers if a is not None and leaf.shape[a] == units]
+        # where another axis is as long, a block may have turned its tensor around: who takes it knows better
+        ambiguous = made[:1] not in ([], [None]) and leaf.shape[1:].count(leaf.shape[made[0] or 0]) > 1
+        return next((axis for axis in (taken + made if ambiguous else made + taken) if axis is not None), None)
 
     def _takers(self, leaf: Leaf) -> Iterator[Call]:
         """The calls that take a tensor, also behind modules without layers that keep its shape (activations)."""
@@ -132,7 +130,7 @@ def layer_axis(module: nn.Module, ndim: int) -> int | None:
     if re.search(r"Norm.*[123]d$", type(module).__name__):  # LayerNorm2d subclasses LayerNorm, but is channels-first
         return 1
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return ndim - 1
+        return ndim - len(module.normalized_shape)  # over (C, H, W) it is the first of them
     return None
 
 
@@ -143,7 +141,7 @@ def input_units(module: nn.Module) -> int | None:
         if isinstance(size, int):
             return size
     shape = getattr(module, "normalized_shape", None)
-    return int(shape[-1]) if isinstance(shape, (tuple, list)) and shape else None
+    return int(shape[0]) if isinstance(shape, (tuple, list)) and shape else None
 
 
 def call_model(model: nn.Module, example: Any) -> Any:
@@ -156,10 +154,30 @@ def call_model(model: nn.Module, example: Any) -> Any:
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
-    """Runs the model once, in eval mode and without gradients, and records every module call.
+    """Runs the model in eval mode and without gradients, and records every module call.
 
-    Leaves the training flags, the buffers, the hooks and the random state as they were.
+    It runs twice, the second time with every sample doubled: that tells where samples lie along axis 0. Leaves the
+    training flags, the buffers, the hooks and the random state as they were.
     """
+    once = _run(model, example)
+    try:
+        once.twice = _run(model, pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), example))
+    except (ModelError, RuntimeError):  # a model for one batch size, or an example that is not made of batches
+        once.twice = None
+    return once
+
+
+def samples_lie_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> bool:
+    """Twice the samples gave twice the positions on axis 0, and no other axis grew."""
+    again = trace.twice.call(call.name) if trace.twice else None
+    if again is None:
+        return True  # nothing speaks against it
+    leaves = {other.index: other for other in (again.inputs if leaf in call.inputs else again.outputs)}
+    other = leaves.get(leaf.index)
+    return other is not None and other.shape == (2 * leaf.shape[0], *leaf.shape[1:])
+
+
+def _run(model: nn.Module, example: Any) -> Trace:
     serials, numbers = WeakTensorKeyDictionary(), count()
     calls: list[Call] = []
     open_calls: list[int] = []

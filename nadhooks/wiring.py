@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .errors import ModelError
 from .hooking import on_site
 from .sites import Site
 from .tracing import call_model, undisturbed
@@ -41,7 +42,7 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
         if not tensor.is_floating_point():
             return tensor
         # not the leaf itself: a model may change its input in place
-        entry = tensor.detach().requires_grad_().clone()
+        entry = tensor.clone().detach().requires_grad_().clone()
         owners[entry.grad_fn] = INPUT
         return entry
 
@@ -50,7 +51,12 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
         stack.enter_context(torch.enable_grad())
         for site in sites:
             stack.callback(on_site(model, site, partial(mark, site)).remove)
-        outputs = call_model(model, pytree.tree_map_only(Tensor, tracked, example))
+        try:
+            outputs = call_model(model, pytree.tree_map_only(Tensor, tracked, example))
+        except RuntimeError as error:
+            raise ModelError(
+                f"the model runs without gradients, but not with them, which gates and wiring need: {error}"
+            ) from error
 
     behind += [(OUTPUT, t.grad_fn) for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn]
     rank = {INPUT: -1, OUTPUT: len(sites)} | {site.name: index for index, site in enumerate(sites)}

@@ -122,6 +122,26 @@ def test_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_other_graphs_and_other_things_are_refused(tmp_path: Path) -> None:
+    for graph in (nx.path_graph(3), "graph", None):
+        with pytest.raises(RenderError, match=r"expected a graph made by nadhooks.flow_graph"):
+            nadhooks.render(graph, tmp_path / "flow.svg")
+    with pytest.raises(nadhooks.NadhooksError, match="expected Masks, got str"):
+        nadhooks.flow_graph("masks.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(RenderError, match="expected a path, got None"):
+        nadhooks.render(nadhooks.flow_graph(THREE), None)  # type: ignore[arg-type]
+
+
+def test_titles_name_models_as_people_do() -> None:
+    for given, shown in (
+        ("timm:resnet50.a1_in1k,num_classes=3", "timm:resnet50.a1_in1k"),
+        ("a/net.py:build", "net.py:build"),
+        ("timm.models.vgg.VGG", "VGG"),
+    ):
+        graph = nadhooks.flow_graph(THREE.replaced(THREE.values, provenance={"model": given}))
+        assert f">{shown}, 3 tasks" in to_dot(graph)
+
+
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(RenderError, match=r"cannot write .*no/flow.svg: No such file or directory"):
         nadhooks.render(nadhooks.flow_graph(THREE), tmp_path / "no" / "flow.svg")

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import nadhooks
@@ -306,7 +309,7 @@ def test_labels_of_the_wrong_length_are_named() -> None:
     with (
         nadhooks.attach(model, "act", tasks=3, example=x) as gates,
         gates(torch.tensor([0, 1, 2, 0])),
-        pytest.raises(TaskError, match=r"expected 4 samples on axis 0.*\(6, 7\)"),
+        pytest.raises(TaskError, match="expected one label for each of the 6 samples, got 4"),
     ):
         model(x)
 
@@ -331,7 +334,7 @@ def test_mean_without_calibration_says_how() -> None:
 
 def test_close_refuses_units_that_do_not_exist() -> None:
     with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates:
-        with pytest.raises(SiteError, match="expected units from 0 to 6, got 7"), gates.close("act", 7):
+        with pytest.raises(SiteError, match="expected units from 0 to 6, or 7 booleans, got 7"), gates.close("act", 7):
             pass
         with pytest.raises(SiteError, match="no site 'fc9': the sites are act"), gates.close("fc9", 0):
             pass
@@ -348,3 +351,98 @@ def test_models_that_cannot_be_hooked_are_refused() -> None:
         nadhooks.attach("resnet18", example=x)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"nothing tells what input Mlp takes; pass example="):
         nadhooks.attach(Mlp(), "act")
+
+
+# --- what a careful reader tried -------------------------------------------------------------------------------------
+
+
+def test_fewer_labels_than_samples_are_refused_even_where_they_divide() -> None:
+    model, x = seeded(Mlp), vectors(6)
+    with (
+        nadhooks.attach(model, "act", tasks=3, example=x) as gates,
+        gates([0, 1, 2]),
+        pytest.raises(TaskError, match="expected one label for each of the 6 samples, got 3"),
+    ):
+        model(x)
+
+
+def test_means_are_measured_open_inside_a_close_too() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", example=x) as gates:
+        with gates.close("act", range(7)):
+            gates.calibrate([x])
+            assert gates._shut
+        torch.testing.assert_close(gates.means["act"], model.act(model.fc1(x)).mean(0).detach())
+
+
+def test_attach_works_in_inference_mode() -> None:
+    model, x = seeded(Mlp), vectors()
+    with torch.inference_mode():
+        gates = nadhooks.attach(model, "act", example=torch.ones_like(x))
+    assert set(gates.wiring.edges) == {("input", "act"), ("act", "output")}
+    with gates(0):
+        model(x).sum().backward()
+    assert gates.logits["act"].grad is not None
+
+
+@pytest.mark.parametrize(
+    "units", [np.int64(3), [np.uint8(3)], torch.tensor([3], dtype=torch.uint8), torch.tensor(3), (3,)]
+)
+def test_units_of_any_whole_number_kind_are_closed(units: Any) -> None:
+    with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates, gates.close("act", units):
+        assert gates._shut["act"].nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("units", [None, 1.5, "abc", 10**30, [[1, 2], [3]], [True], torch.tensor([0.5])])
+def test_other_units_are_refused(units: Any) -> None:
+    with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates:
+        with pytest.raises(SiteError, match="expected units from 0 to 6, or 7 booleans"), gates.close("act", units):
+            pass
+        assert gates._shut == {}
+
+
+@pytest.mark.parametrize("label", [1, np.int64(1), torch.tensor(1), np.array(1), "1"])
+def test_one_task_may_be_named_in_any_way(label: Any) -> None:
+    with nadhooks.attach(seeded(Mlp), "act", tasks=3, example=vectors()) as gates:
+        assert gates.task_rows.rows(label).tolist() == [1]
+        assert gates.masks().select(label).tasks == ("1",)
+        assert nadhooks.flow_graph(gates.masks(), label).graph["tasks"] == ["1"]
+
+
+@pytest.mark.parametrize("labels", [[], True, [True], 1.5, [torch.tensor(1.7)], b"x", None])
+def test_labels_of_other_kinds_are_refused(labels: Any) -> None:
+    with nadhooks.attach(seeded(Mlp), "act", tasks=200, example=vectors()) as gates, pytest.raises(TaskError):
+        gates(labels)
+
+
+@pytest.mark.parametrize("tasks", [0, True, 1.5, "cat", None, [1.5], torch.tensor(1.5), [], [1, 1]])
+def test_tasks_of_other_kinds_are_refused(tasks: Any) -> None:
+    with pytest.raises(TaskError):
+        nadhooks.attach(seeded(Mlp), "act", tasks=tasks, example=vectors())
+
+
+def test_what_is_not_masks_or_gates_is_refused() -> None:
+    with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates:
+        with pytest.raises(nadhooks.NadhooksError, match="expected Masks, got str"):
+            gates.load("masks.safetensors")  # type: ignore[arg-type]
+        for values in (None, [1], {"act": 3}, {"act": torch.ones(0, 7)}):
+            with pytest.raises(SiteError, match="expected"):
+                gates.apply(values)  # type: ignore[arg-type]
+
+
+def test_checkpointed_blocks_learn_inside_their_gates() -> None:
+    class Checkpointed(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    x = vectors(40)
+    data = [(x, seeded(Mlp, 4)(x).argmax(1))]
+    plain, checkpointed = (nadhooks.learn(seeded(kind, 4), data, "act", method="nad") for kind in (Mlp, Checkpointed))
+    assert torch.equal(plain["act"], checkpointed["act"])
+
+
+def test_models_compiled_in_place_are_refused() -> None:
+    model = Mlp()
+    model.compile()
+    with pytest.raises(ModelError, match="attach, then compile"):
+        nadhooks.attach(model, "act", example=vectors().float())

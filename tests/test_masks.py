@@ -66,6 +66,11 @@ def test_hard_and_select_and_sets() -> None:
     soft = masks([[0.2, 0.8, 0.5, 0.51]], [[1, 0]])
     assert soft.hard()["a"].tolist() == [[0, 1, 0, 1]]
     assert soft.hard(0.1)["a"].tolist() == [[1, 1, 1, 1]]
+    assert THREE & THREE.select(["t2", "t1", "t0"]) == THREE  # tasks meet by label, not by row
+    with pytest.raises(TaskError, match="unknown task 0"):
+        THREE.select(["t0", "t1"]) & THREE.select(["t1", "t2"])
+    with pytest.raises(SiteError, match="closed units put out 'zero', got 'mean'"):
+        THREE & masks([[0, 0, 0, 0]], [[0, 0]], closed="mean", means={"a": torch.zeros(4), "b@input": torch.zeros(2)})
     chosen = THREE.select(["t1", 0])
     assert chosen.tasks == ("t1", "t0")
     assert chosen.labels == (1, 0)
@@ -148,6 +153,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         nadhooks.load(tmp_path / "missing")
     with pytest.raises(MaskFileError, match="directory"):
         nadhooks.load(tmp_path)
+    with pytest.raises(MaskFileError, match="expected the path of a mask file, got None"):
+        nadhooks.load(None)  # type: ignore[arg-type]
 
 
 def test_headers_that_contradict_themselves_are_refused() -> None:
@@ -158,6 +165,13 @@ def test_headers_that_contradict_themselves_are_refused() -> None:
 
     changed(sites=[])
     changed(sites=[{"name": "a"}])
+    changed(sites=[vars(SITES[0])] * 2)
+    for field, value in (("axis", "q"), ("axis", 0), ("side", "left"), ("leaf", "q"), ("units", 4.0), ("name", 3)):
+        changed(sites=[{**vars(SITES[0]), field: value}, vars(SITES[1])])
+    changed(provenance="abc")
+    changed(wiring=["ab"])
+    changed(tasks=[{"label": index, "name": None} for index in range(3)])
+    changed(tasks=[{"label": index + 0.5, "name": str(index)} for index in range(3)])
     changed(tasks=[])
     changed(tasks=[{"label": 0, "name": "x"}] * 3)
     changed(closed="mean")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -185,3 +187,95 @@ def test_hidden_units_are_found_where_the_width_equals_the_sequence() -> None:
     tokens = torch.randn(2, 5, 4)
     with nadhooks.attach(model, "act", example=tokens) as gates:
         assert gates.sites[0].axis == 2
+
+
+class Turned(nn.Module):
+    """A channels-last layer in a channels-first block, as ConvNeXt has it: only who takes its tensor tells the axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.next = Turns(), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.next(self.block(x)).mean((2, 3))
+
+
+class Turns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_the_axis_is_right_where_height_width_and_channels_are_equal() -> None:
+    with nadhooks.attach(Turned().double(), "block", example=images()) as gates:
+        assert (gates.sites[0].axis, gates.sites[0].units) == (1, 6)
+
+
+def test_norms_over_several_axes_have_their_units_first() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.LayerNorm([5, 4, 4]), nn.Conv2d(5, 3, 1)).double()
+    with nadhooks.attach(net, "1", example=images()) as gates:
+        assert (gates.sites[0].axis, gates.sites[0].units) == (1, 5)
+
+
+class Table(nn.Module):
+    """A layer that works on a table of its own, not on samples, and one that has the sequence before the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.first, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("table", torch.randn(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions(self.table)
+        return self.head(self.first(x.transpose(0, 1)).transpose(0, 1).mean(1))
+
+
+def test_tensors_whose_first_axis_is_not_the_batch_get_no_gates() -> None:
+    with nadhooks.attach(Table(), sites.channels(), example=TOKENS) as gates:
+        assert [site.name for site in gates.sites] == ["head"]
+        assert set(gates.skipped) == {"positions", "first"}
+    with pytest.raises(SiteError, match=r"first: axis 0 of shape \(5, 2, 4\) does not hold the samples"):
+        nadhooks.attach(Table(), "first", example=TOKENS)
+
+
+def test_sites_named_like_the_ends_of_a_graph_keep_apart() -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.output = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.input(x))
+
+    with nadhooks.attach(Ends().double(), sites.channels(), example=vectors()) as gates:
+        graph = nadhooks.flow_graph(gates.masks())
+        assert list(graph) == ["input", "input@output", "output@output", "output"]
+        assert [graph.nodes[node]["kind"] for node in graph] == ["input", "site", "site", "output"]
+
+
+def test_a_module_that_fires_with_several_widths_is_refused() -> None:
+    class Reused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 6), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.b(self.act(self.a(x))))
+
+    with pytest.raises(SiteError, match="act: it is called several times, and not always with 4 units"):
+        nadhooks.attach(Reused().double(), "act", example=vectors())
+
+
+@pytest.mark.parametrize("chosen", [sites.blocks, nn.ReLU, lambda name: True, "act[9-1]"])
+def test_choices_of_another_kind_are_refused(chosen: Any) -> None:
+    with pytest.raises(SiteError):
+        nadhooks.attach(seeded(Line), chosen, example=images())
+
+
+@pytest.mark.parametrize("axis", ["1", 1.5, [1], {"act1": "x"}])
+def test_axes_of_another_kind_are_refused(axis: Any) -> None:
+    with pytest.raises(SiteError, match="axis: expected an integer"):
+        nadhooks.attach(seeded(Line), "act1", example=images(), axis=axis)

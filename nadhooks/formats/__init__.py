@@ -25,13 +25,19 @@ def render(graph: nx.DiGraph, path: str | PathLike[str]) -> None:
     Raises RenderError for another suffix, where Graphviz is missing, and where the file cannot be written, in which
     case an older file of that name stays as it was.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise RenderError(f"expected a path, got {path!r}") from error
     suffix = path.suffix.lower()
     if suffix not in TEXT + PICTURES:
         raise RenderError(
             f"{path}: expected a name that ends in {', '.join(PICTURES + TEXT)}, got {suffix or 'no suffix'!r}"
         )
-    text = to_dot(graph)
+    try:
+        text = to_dot(graph)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise RenderError(f"expected a graph made by nadhooks.flow_graph, got {graph!r} ({error})") from error
     data = text.encode() if suffix in TEXT else draw(text, suffix[1:])
     try:
         write_bytes(path, data)

@@ -42,7 +42,8 @@ def to_dot(graph: nx.DiGraph) -> str:
 
 def _title(graph: nx.DiGraph) -> str:
     tasks = graph.graph.get("tasks", [])
-    model = graph.graph.get("model", "").partition(",")[0].rpartition(".")[2]
+    model = str(graph.graph.get("model", "")).partition(",")[0]
+    model = model.rpartition("/")[2] if ":" in model else model.rpartition(".")[2]  # timm:NAME, file.py:NAME or a class
     kept = sum(data["kept"] for _, data in graph.nodes(data=True))
     units = sum(data["units"] for _, data in graph.nodes(data=True))
     if len(tasks) == 1:
