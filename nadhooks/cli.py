@@ -314,6 +314,8 @@ def _from(masks: Masks, model: str, data: str) -> Masks:
 
 def _check_writable(path: Path) -> None:
     """Before the work, not after it."""
+    if path.is_dir():
+        raise DataError(f"cannot write {path}: it is a directory; name a file")
     if not os.access(path.parent, os.W_OK):
         what = "is not writable" if path.parent.is_dir() else "is not a directory"
         raise DataError(f"cannot write {path}: {path.parent} {what}")

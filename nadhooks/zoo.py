@@ -106,7 +106,7 @@ def transform_for(model: nn.Module, spec: str = "") -> Transform:
         )
     from torchvision import transforms
 
-    channels = transforms.Grayscale(1) if size[0] == 1 else transforms.Lambda(lambda image: image.convert("RGB"))
+    channels = transforms.Grayscale(1) if size[0] == 1 else transforms.Lambda(_in_colour)
     if hasattr(model, "pretrained_cfg"):
         import timm
 
@@ -121,6 +121,10 @@ def transform_for(model: nn.Module, spec: str = "") -> Transform:
         else transforms.Compose([transforms.Resize(size[1:]), transforms.ToTensor()])
     )
     return transforms.Compose([channels, preset])
+
+
+def _in_colour(image: Any) -> Any:  # a function, not a lambda: loading processes may have to pickle it
+    return image.convert("RGB")
 
 
 def class_index_of(model: nn.Module) -> dict[str, int]:

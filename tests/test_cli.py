@@ -97,6 +97,7 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         (["sites", MODEL, "--device", "nonsense"], "--device nonsense cannot be used here"),
         (["learn", MODEL, "--data", "nowhere"], "expected a directory of images or one of digits, fashion-mnist"),
         (["learn", MODEL, "--data", "digits", "-o", "no/m.safetensors"], "cannot write no/m.safetensors: no is not"),
+        (["learn", MODEL, "--data", "digits", "-o", "."], "cannot write .: it is a directory; name a file"),
         ([*LEARN, "--tasks", "12"], "digits has no images of label 12"),
         ([*LEARN, "--keep", "3"], "keep: expected a share above 0 and at most 1, got 3.0"),
         ([*LEARN, "--weights", "nothing.pt"], "no weights file nothing.pt"),
