@@ -111,6 +111,13 @@ def _folder(root: Path, split: Split, transform: Transform, class_index: dict[st
     except FileNotFoundError as error:
         raise DataError(f"{root}: expected one folder of images per class (ImageFolder): {error}") from error
     labels = _folder_labels(folder.classes, class_index, root)
+    if split == "test" and found and (root / "train").is_dir():  # labels are what the training folders say
+        trained = sorted(part.name for part in (root / "train").iterdir() if part.is_dir())
+        known = dict(zip(trained, _folder_labels(trained, class_index, root), strict=True))
+        strange = [name for name in folder.classes if name not in known]
+        if strange:
+            raise DataError(f"{found[0]}: the folder {strange[0]!r} has no counterpart in {root / 'train'}")
+        labels = [known[name] for name in folder.classes]
     folder.target_transform = labels.__getitem__
     names = dict(zip(labels, folder.classes, strict=True))
     if found:

@@ -129,15 +129,14 @@ def _in_colour(image: Any) -> Any:  # a function, not a lambda: loading processe
 
 def class_index_of(model: nn.Module) -> dict[str, int]:
     """{class name or WordNet id: output index} where the zoo knows them (ImageNet's 1,000 classes), else empty."""
-    outputs = getattr(model, "num_classes", None)
-    if not hasattr(model, "pretrained_cfg"):
-        weights = _torchvision_weights(model, "")
-        names = weights.meta.get("categories", []) if weights is not None else []
-        known = {name: index for index, name in enumerate(names)}
-        outputs = len(names) or None
-    else:
-        known = {}
-    if outputs == 1000:
+    weights = _torchvision_weights(model, "")
+    names = weights.meta.get("categories", []) if weights is not None else []
+    if not names and getattr(model, "num_classes", None) == 1000:  # timm says no names; the order is ImageNet's
+        from torchvision.models import ResNet18_Weights
+
+        names = ResNet18_Weights.DEFAULT.meta["categories"]
+    known = {name: index for index, name in enumerate(names)}
+    if len(names) == 1000:
         from timm.data import ImageNetInfo
 
         known |= {wordnet: index for index, wordnet in enumerate(ImageNetInfo().label_names())}
