@@ -110,14 +110,14 @@ def _folder(root: Path, split: Split, transform: Transform, class_index: dict[st
         folder = ImageFolder(str(found[0] if found else root), transform)
     except FileNotFoundError as error:
         raise DataError(f"{root}: expected one folder of images per class (ImageFolder): {error}") from error
-    labels = _folder_labels(folder.classes, class_index, root)
-    if split == "test" and found and (root / "train").is_dir():  # labels are what the training folders say
+    trained = folder.classes
+    if found and (root / "train").is_dir():  # held-out folders mean what the training folders of that name do
         trained = sorted(part.name for part in (root / "train").iterdir() if part.is_dir())
-        known = dict(zip(trained, _folder_labels(trained, class_index, root), strict=True))
-        strange = [name for name in folder.classes if name not in known]
-        if strange:
-            raise DataError(f"{found[0]}: the folder {strange[0]!r} has no counterpart in {root / 'train'}")
-        labels = [known[name] for name in folder.classes]
+    known = dict(zip(trained, _folder_labels(trained, class_index), strict=True))
+    strange = [name for name in folder.classes if name not in known]
+    if strange:
+        raise DataError(f"{found[0]}: the folder {strange[0]!r} has no counterpart in {root / 'train'}")
+    labels = [known[name] for name in folder.classes]
     folder.target_transform = labels.__getitem__
     names = dict(zip(labels, folder.classes, strict=True))
     if found:
@@ -126,7 +126,7 @@ def _folder(root: Path, split: Split, transform: Transform, class_index: dict[st
     return Images(Subset(folder, chosen), names)
 
 
-def _folder_labels(folders: list[str], class_index: dict[str, int], root: Path) -> list[int]:
+def _folder_labels(folders: list[str], class_index: dict[str, int]) -> list[int]:
     """Output indices of folders: their known class names or WordNet ids, numbers, or else their alphabetical order."""
     if class_index and all(name in class_index for name in folders):
         return [class_index[name] for name in folders]

@@ -246,9 +246,11 @@ def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -
             )
         where = known
     positions = leaf.shape[where]
-    again = [other for other in trace.calls if other.name == call.name and other is not call]
     others = {
-        leaf.shape[where : where + 1] for c in again for leaf in (c.inputs[:1] if pick.side == "input" else c.outputs)
+        other.shape[where : where + 1]
+        for again in trace.calls
+        if again.name == call.name
+        for other in (again.inputs[:1] if pick.side == "input" else again.outputs)
     }
     if call.bare and others - {(positions,)}:
         raise SiteError(
@@ -287,19 +289,14 @@ def _given_axis(module: str, axis: Axis | None) -> int | None:
 def _glob_pattern(glob: str) -> re.Pattern[str]:
     tokens = re.findall(r"\*\*\.|\*\*|\*|\?|\[!?[^\]]+\]|.", glob)
     spelled = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = (
+        spelled.get(token) or ("[" + token[1:].replace("!", "^", 1) if len(token) > 1 else re.escape(token))
+        for token in tokens
+    )
     try:
-        return _compiled(tokens, spelled)
+        return re.compile("".join(parts))
     except re.error as error:
         raise SiteError(f"{glob!r} is not a glob: {error}") from error
-
-
-def _compiled(tokens: list[str], spelled: dict[str, str]) -> re.Pattern[str]:
-    return re.compile(
-        "".join(
-            spelled.get(token) or ("[" + token[1:].replace("!", "^", 1) if len(token) > 1 else re.escape(token))
-            for token in tokens
-        )
-    )
 
 
 def _no_match(glob: str, names: Iterable[str]) -> str:

@@ -88,6 +88,15 @@ def test_folders_are_split_by_subfolder_or_four_to_one(tmp_path: Path) -> None:
     assert sizes == [3, 2]
 
 
+def test_held_out_folders_have_the_labels_of_the_training_folders(tmp_path: Path) -> None:
+    folders(tmp_path / "train", "cat", "dog", "eel")
+    folders(tmp_path / "val", "dog", "eel")
+    assert data.load_images(str(tmp_path), "test", to_tensor).names == {1: "dog", 2: "eel"}
+    folders(tmp_path / "val", "ant")
+    with pytest.raises(DataError, match="the folder 'ant' has no counterpart in"):
+        data.load_images(str(tmp_path), "test", to_tensor)
+
+
 def test_labels_of_folders_are_the_models_outputs(tmp_path: Path) -> None:
     root = folders(tmp_path / "a", "cat", "dog")
     images = data.load_images(str(root), "train", to_tensor, {"cat": 281, "dog": 5}).dataset

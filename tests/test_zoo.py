@@ -136,7 +136,10 @@ def test_imagenet_classes_are_known_by_name_and_wordnet_id() -> None:
         known = zoo.class_index_of(zoo.load_model(spec))
         assert known["n01440764"] == 0  # tench
         assert known["n15075141"] == 999  # toilet paper
-    assert zoo.class_index_of(zoo.load_model("torchvision:resnet18"))["tench"] == 0
+        assert (known["tench"], known["goldfish"]) == (0, 1)
+    resized = zoo.load_model("torchvision:resnet18")
+    zoo.set_image_size(resized, 32)
+    assert zoo.class_index_of(resized)["tench"] == 0
     assert zoo.class_index_of(zoo.load_model("timm:resnet18,num_classes=10")) == {}
 
 
