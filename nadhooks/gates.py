@@ -12,17 +12,16 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from . import zoo
 from ._version import __version__
 from .errors import ModelError, NadhooksError, SiteError, TaskError
-from .hooking import on_site
+from .hooking import Handle, on_site
 from .masks import Masks, check_same_sites
-from .sites import Axis, Site, Sites, described, find
+from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
 from .tracing import Trace, call_model, trace, undisturbed
-from .wiring import wire
+from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 Closed = Literal["zero", "mean"]
 
@@ -102,6 +101,10 @@ class _SiteGate:
     def __init__(self, gates: Gates, site: Site):
         self.gates, self.site = gates, site
 
+    def active(self) -> bool:
+        gates = self.gates
+        return not (gates._rows is gates._values is gates._watch is None) or self.site.name in gates._shut
+
     def __call__(self, x: Tensor) -> Tensor | None:
         gates, site = self.gates, self.site
         g = gates._active(site)
@@ -167,9 +170,10 @@ class Gates:
     ) -> None:
         seen = trace(model, example)
         self.model: nn.Module | None = model  # None once detached
-        self.sites, self.skipped = find(seen, sites, axis)
+        found, self.skipped = find(seen, sites, axis)
         self.chosen_by = described(sites)
-        self.wiring: nx.DiGraph = wire(model, self.sites, example)
+        self.wiring: nx.DiGraph = wire(model, found, example)
+        self.sites = self._without_dead_ends(found) if self.chosen_by != GIVEN else found
         self.closed: Closed = closed
         self.means: dict[str, Tensor] = {}
         self._model_name = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -180,13 +184,38 @@ class Gates:
         self._values: Mapping[str, Tensor] | None = None  # gates that were handed over instead
         self._shut: dict[str, Tensor] = {}  # site -> (units,) bool
         self._watch: Callable[[Site, Tensor], None] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         with ExitStack() as undo:
             for site in self.sites:
-                self._handles.append(on_site(model, site, _SiteGate(self, site)))
+                site_gate = _SiteGate(self, site)
+                self._handles.append(on_site(model, site, site_gate, site_gate.active))
                 undo.callback(self._handles[-1].remove)
-            self._handles.append(model.register_forward_pre_hook(_Entry(self), with_kwargs=True))
+            self._handles.append(Handle(model.register_forward_pre_hook(_Entry(self), with_kwargs=True)))
             undo.pop_all()
+
+    def _without_dead_ends(self, found: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The sites on a way from the input to the output; the wiring and `skipped` follow."""
+        ahead, behind = nx.descendants(self.wiring, INPUT), nx.ancestors(self.wiring, OUTPUT)
+        dead = {site.name: "it leads nowhere: no output depends on it" for site in found if site.name not in behind}
+        dead |= {site.name: "nothing of the input reaches it" for site in found if site.name not in ahead}
+        if len(dead) == len(found):
+            reasons = "".join(f"\n  {name}: {why}" for name, why in list(dead.items())[:5])
+            raise SiteError(f"no site: none lies between the input and the output:{reasons}\nchoose other modules")
+        self.skipped |= dead
+        self.wiring = nx.freeze(self.wiring.subgraph(node for node in self.wiring if node not in dead).copy())
+        return tuple(site for site in found if site.name not in dead)
+
+    def rewire(self, example: Any = None) -> nx.DiGraph:
+        """A second opinion on `wiring`, by perturbation: one forward pass a site. Returns and keeps what it confirms.
+
+        Edges that only perturbation sees are added (`found="perturbation"`), edges that it refutes are removed.
+        example: as for `attach`.
+        """
+        model = self.attached()
+        with self._everything_open(), torch.inference_mode(False):
+            second = perturb(model, self.sites, zoo.example_for(model) if example is None else example)
+        self.wiring = agreed(self.wiring, second)
+        return self.wiring
 
     # --- learning ---
 
@@ -274,11 +303,7 @@ class Gates:
             counts[site.name] += x.numel() // site.units
 
         device = next((p.device for p in model.parameters()), None)
-        everything_open, shut, self._shut = _Activation(self), self._shut, {}
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_shut", shut)
-            for context in (torch.no_grad(), undisturbed(model), everything_open, self.watch(add)):
-                stack.enter_context(context)
+        with torch.no_grad(), undisturbed(model), self._everything_open(), self.watch(add):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
                 call_model(model, pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
@@ -353,6 +378,15 @@ class Gates:
             return None
         logits = self.logits[site.name]
         return cast(Tensor, _Clip.apply(logits[self._rows.to(logits.device)]))
+
+    @contextmanager
+    def _everything_open(self) -> Iterator[None]:
+        shut, self._shut = self._shut, {}
+        try:
+            with _Activation(self):
+                yield
+        finally:
+            self._shut = shut
 
     def _closed_values(self, site: Site) -> Tensor | None:
         if self.closed == "zero":

@@ -185,7 +185,7 @@ class Masks:
         """What a mask file holds: a header that JSON knows, and tensors by name."""
         header = {
             "format": FORMAT_VERSION,
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [_fields(site) for site in self.sites],
             "tasks": [{"label": label, "name": name} for label, name in zip(self.labels, self.tasks, strict=True)],
             "wiring": [
                 {"source": source, "target": target, **data} for source, target, data in self.wiring.edges(data=True)
@@ -244,6 +244,10 @@ def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str)
             raise SiteError(f"the sites differ: expected {_described(ours)}, got {_described(theirs)}; {remedy}")
     if len(got) != len(expected):
         raise SiteError(f"the sites differ: expected {len(expected)} sites, got {len(got)}; {remedy}")
+
+
+def _fields(site: Site) -> dict[str, Any]:
+    return {key: value for key, value in asdict(site).items() if key != "within"}
 
 
 def _site(fields: Mapping[str, Any]) -> Site:

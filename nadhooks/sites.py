@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
 
 from .errors import SiteError
-from .structure import block_names, head_projections, hidden_activations
+from .structure import attention_heads, block_names, hidden_activations
 from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, samples_lie_on_axis_0
 
 Side = Literal["input", "output"]
@@ -22,6 +22,8 @@ class Site:
 
     name: unique within a model; the module's name, with `[i]` behind it for the i-th tensor of a structured output
         and `@input` for what the module takes in.
+    within: the module that uses this one's weight in a function, where this one is never called itself; found anew in
+        each model, and not part of what masks say of their sites.
     axis: counted from the front, batch included. units: how many. block: positions on the axis per unit.
     """
 
@@ -32,6 +34,7 @@ class Site:
     side: Side = "output"
     leaf: int | None = None
     block: int = 1
+    within: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Selector:
         return f"nadhooks.sites.{self.description}"
 
 
+GIVEN = "given"  # how sites were chosen that are handed over as they are
+
 Sites = Selector | str | Sequence[str] | Sequence[Site] | Callable[[str, nn.Module], bool]
 Axis = int | Mapping[str, int]
 
@@ -73,8 +78,9 @@ Axis = int | Mapping[str, int]
 def blocks() -> Selector:
     """The outputs of the network's building blocks (the default).
 
-    A block is a module of two or more convolutions or linear layers that has siblings of its own class; a stage that
-    holds such blocks is not one itself. Networks without blocks, such as VGG, give the last tensor before each layer.
+    A block is a module of two or more convolutions or linear layers that is numbered among its like (`layer1.0`,
+    `cell_3`); a stage that only runs such blocks one after the other is none itself. Networks without blocks, such as
+    VGG, give the last tensor before each layer; networks of more than 64, the last block of each stage.
     """
     return Selector("blocks()", lambda trace: Selection([Pick(name) for name in block_names(trace)]))
 
@@ -105,14 +111,13 @@ def neurons() -> Selector:
 def heads() -> Selector:
     """Attention heads: what the output projection of an attention module takes in, one unit per head.
 
-    Found as modules with a whole number `num_heads` whose last linear layer takes in something else than the module
-    itself does. Where that projection's weight is used functionally (torchvision's transformers), no hook fires on
-    it: such modules are reported as skipped.
+    Found as modules with a whole number `num_heads` (`n_heads`, `heads`) that run a linear layer or 1x1 convolution
+    on something else than they take in; where none does, the heads are what the module puts out.
     """
 
     def select(trace: Trace) -> Selection:
-        projections, skipped = head_projections(trace)
-        return Selection([Pick(name, side="input", units=heads) for name, heads in projections.items()], skipped)
+        found, skipped = attention_heads(trace)
+        return Selection([Pick(heads.module, side=heads.side, units=heads.number) for heads in found], skipped)
 
     return Selector("heads()", select)
 
@@ -166,7 +171,7 @@ def where(condition: Callable[[str, nn.Module], bool]) -> Selector:
 def described(sites: Sites | None) -> str:
     """What mask files say of how the sites were chosen."""
     given = isinstance(sites, Sequence) and sites and all(isinstance(site, Site) for site in sites)
-    return "given" if given else selector_of(sites).description
+    return GIVEN if given else selector_of(sites).description
 
 
 def selector_of(sites: Sites | None) -> Selector:
@@ -262,11 +267,12 @@ def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -
         )
     units = pick.units or positions
     index = None if call.bare or pick.side == "input" else leaf.index
-    return Site(name, where, units, pick.module, pick.side, index, positions // units)
+    return Site(name, where, units, pick.module, pick.side, index, positions // units, call.within)
 
 
 def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
     """Sites that are known already (from masks), checked against what the model does."""
+    found = []
     for site in sites:
         call = trace.call(site.module)
         if call is None:
@@ -277,7 +283,8 @@ def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
         if leaf is None or site.axis >= len(leaf.shape) or leaf.shape[site.axis] != site.units * site.block:
             got = leaf.shape if leaf else "no such tensor"
             raise SiteError(f"{site.name}: expected {site.units * site.block} positions on axis {site.axis}, got {got}")
-    return tuple(sites)
+        found.append(replace(site, within=call.within))
+    return tuple(found)
 
 
 def _given_axis(module: str, axis: Axis | None) -> int | None:

@@ -5,56 +5,114 @@ From what happened and from types of layers, never from names of models.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules import activation
 
-from .tracing import Call, Trace, has_weights, input_units, layer_axis
+from .tracing import Call, Trace, has_weights, input_units, layer_axis, never_fired
+
+MOST = 64  # blocks; networks of more give the last block of each of their stages
 
 
 def block_names(trace: Trace) -> list[str]:
-    modules = dict(trace.model.named_modules())
-    composite = [call for call in trace.fired() if call.name and _is_composite(call.module)]
-    family = {call.name: _family(call.name, modules) for call in composite}
-    siblings = Counter((family[call.name], type(call.module)) for call in composite)
-    repeated = [call for call in composite if siblings[family[call.name], type(call.module)] > 1]
-    # a class of its own that stands in containers as blocks do is a block too: EfficientNet's first, say
-    rows = {_row(call.name, family[call.name]) for call in repeated} - {None}
-    blocks = [call for call in composite if call in repeated or _row(call.name, family[call.name]) in rows]
-    for stage in list(blocks):
-        inner = [call for call in blocks if call.name.startswith(stage.name + ".")]
-        if not inner or stage not in blocks:
-            continue
-        if _put_out(stage) == _put_out(inner[-1]):  # a stage hands on the very tensor of its last block
-            blocks.remove(stage)
-        else:  # a block of its own, which does something with what its parts put out
-            blocks = [call for call in blocks if call not in inner]
-    return [call.name for call in blocks] or segment_ends(trace)
+    """The modules that a person would call the network's blocks.
+
+    They are modules of several convolutions or linear layers that are numbered among their like: `layer1.0`,
+    `cell_3`, `Mixed_5b`; bare containers only where nothing else holds most of the layers. Plain stacks of layers
+    have segments instead.
+    """
+    for containers in (False, True):
+        names = _numbered(trace, containers)
+        if _holds_most_layers(trace, names):
+            break
+    else:
+        names = segment_ends(trace)
+    stages = {name.rpartition(".")[0]: name for name in names}  # the last block of each
+    return list(stages.values()) if len(names) > MOST and len(stages) > 3 else names
 
 
-def _row(name: str, family: str) -> tuple[str, int] | None:
-    """The family, and how many containers deep a module stands in it; None outside containers."""
-    containers = name[len(family) :].strip(".").count(".")
-    return (family, containers) if containers else None
+def _numbered(trace: Trace, containers: bool) -> list[str]:
+    """Composite modules that are numbered among their like. A stage, which only runs such modules, gives way to them.
+
+    containers: bare containers count too.
+    """
+    composite = [call for call in trace.fired() if _is_composite(call.module, containers) and _place(call.name)]
+    places = Counter(_place(call.name) for call in composite)
+    kinds = {
+        type(call.module) for call in composite if places[_place(call.name)] > 1 and not _is_container(call.module)
+    }
+    found = [call for call in composite if places[_place(call.name)] > 1 or type(call.module) in kinds]
+    found_names = {call.name for call in found}
+    parts = {call.name: _nearest(trace, call, found_names) for call in found}
+    chains = dict.fromkeys(places, True)
+    for call in found:  # what holds for one module at a place must hold for all: a first or last stage may differ
+        chains[_place(call.name)] &= _is_chain(trace, call, parts[call.name])
+    outermost = _nearest(trace, None, found_names)
+    blocks: list[Call] = []
+    while outermost:
+        call = outermost.pop()
+        if chains[_place(call.name)]:
+            outermost += parts[call.name]
+        else:
+            blocks.append(call)
+    return [call.name for call in sorted(blocks, key=lambda call: call.done)]
 
 
-def _put_out(call: Call) -> list[int]:
-    return [leaf.serial for leaf in call.outputs]
+def _place(name: str) -> str:
+    """A module's name without numbers, layer2.0 -> layer#.#, Mixed_5b -> Mixed_#; empty if it has none at its end."""
+    parts = [re.sub(r"\d.*", "#", part) for part in name.split(".")]
+    return ".".join(parts) if parts[-1].endswith("#") else ""
 
 
-def _is_composite(module: nn.Module) -> bool:
-    plain = type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return not plain and sum(has_weights(part) for part in module.modules()) > 1
+def _is_composite(module: nn.Module, containers: bool) -> bool:
+    return (containers or not _is_container(module)) and sum(has_weights(part) for part in module.modules()) > 1
 
 
-def _family(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The nearest module above that is more than a container: its parts are siblings, however they are grouped."""
-    parent = name.rpartition(".")[0]
-    while parent and type(modules[parent]) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-        parent = parent.rpartition(".")[0]
-    return parent
+def _is_container(module: nn.Module) -> bool:
+    return type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _nearest(trace: Trace, call: Call | None, names: set[str]) -> list[Call]:
+    """The calls of these modules that happen within a call (None: within the model's), with no other between."""
+    found: dict[str, Call] = {}
+    waiting = list(trace.children[None if call is None else trace.first[call.name]])
+    while waiting:
+        index = waiting.pop()
+        inner = trace.calls[index]
+        if inner.name in names:
+            found.setdefault(inner.name, inner)
+        else:
+            waiting += trace.children[index]
+    return sorted(found.values(), key=lambda inner: inner.done)
+
+
+def _is_chain(trace: Trace, call: Call, parts: list[Call]) -> bool:
+    """The module runs its numbered parts and puts out what the last of them does, at most in another shape."""
+    if not parts or not all(_stands_in_a_row(part.name, call, trace) for part in parts):
+        return False
+    after = (c for c in trace.inside(call) if c.done > parts[-1].done and has_weights(c.module))
+    sizes = [sum(math.prod(leaf.shape) for leaf in c.outputs) for c in (call, parts[-1])]
+    return not any(True for _ in after) and sizes[0] == sizes[1]
+
+
+def _stands_in_a_row(name: str, call: Call, trace: Trace) -> bool:
+    """In a container, or numbered among nothing else: the blocks of a stage are, the branches of a cell are not."""
+    parent = trace.model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
+    weighted = [key for key, part in parent.named_children() if any(has_weights(inner) for inner in part.modules())]
+    return parent is call.module and len({_place(key) for key in weighted} - {""}) == 1 and all(map(_place, weighted))
+
+
+def _holds_most_layers(trace: Trace, names: list[str]) -> bool:
+    layers = [call for call in trace.fired() if has_weights(call.module)]
+    held = {inner.name for name in names for inner in trace.inside(trace.calls[trace.first[name]])}
+    return 2 * sum(layer.name in held for layer in layers) >= len(layers)
 
 
 def segment_ends(trace: Trace) -> list[str]:
@@ -113,29 +171,63 @@ def hidden_activations(trace: Trace) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def head_projections(trace: Trace) -> tuple[dict[str, int], dict[str, str]]:
-    """{output projection of an attention module: number of heads}, and {attention module: why it has none}.
+HEAD_COUNTS = ("num_heads", "n_heads", "heads")
+INTERLEAVED = {
+    "timm.models.nest.Attention"
+}  # feature i belongs to head i mod heads, so heads are no blocks of features
 
-    Attention modules are those with a whole number `num_heads` and no such module inside; the projection is the last
-    linear layer they call, unless that takes in what the module itself does (then it projects the queries).
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of an attention module lie side by side: on what its output projection takes in, or puts out."""
+
+    module: str
+    number: int
+    side: Literal["input", "output"]
+
+
+def attention_heads(trace: Trace) -> tuple[list[Heads], dict[str, str]]:
+    """The heads of every attention module, and {attention module: why it has none}.
+
+    Attention modules are those with a whole number `num_heads` (`n_heads`, `heads`) and no such module running inside.
+    The output projection is the last linear layer or 1x1 convolution they run, unless that takes in what the module
+    itself does (then it projects the queries, and the heads are what the module puts out).
     """
-    found: dict[str, int] = {}
+    found: list[Heads] = []
     skipped: dict[str, str] = {}
-    for name, module in trace.model.named_modules():
-        number = getattr(module, "num_heads", None)
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            continue
-        call = trace.call(name)
-        if call is None or any(hasattr(part, "num_heads") for part in module.modules() if part is not module):
+    attention = {call.name: number for call in trace.fired() if (number := _head_count(call.module))}
+    for name, number in attention.items():
+        call = trace.calls[trace.first[name]]
+        inside = list(trace.inside(call))[1:]
+        if any(inner.name in attention for inner in inside):
             continue
         own = {leaf.serial for leaf in call.inputs}
-        linear = [inner for inner in trace.inside(call) if isinstance(inner.module, nn.Linear)]
-        last = linear[-1] if linear else None
-        if last is None or any(leaf.serial in own for leaf in last.inputs):
-            if any(True for _ in module.parameters()):
-                skipped[name] = "its output projection never fires (its weight is used functionally)"
-        elif (input_units(last.module) or 0) % number:
-            skipped[name] = f"{last.name} takes {input_units(last.module)} features, not {number} equal heads"
+        layers = sorted((inner for inner in inside if has_weights(inner.module)), key=lambda inner: inner.done)
+        projections = [
+            layer for layer in layers if is_pointwise(layer.module) and own.isdisjoint(x.serial for x in layer.inputs)
+        ]
+        unused = [part for part in never_fired(trace) if part.startswith(name + ".")]
+        features = input_units(projections[-1].module) if projections else _output_units(trace, call)
+        if f"{type(call.module).__module__}.{type(call.module).__qualname__}" in INTERLEAVED:
+            skipped[name] = "its heads do not lie side by side: they alternate along the axis of the features"
+        elif not layers:
+            continue  # a bias or an embedding that knows the number of heads
+        elif not projections and unused:
+            skipped[name] = f"its output projection never fires (used in another way: {', '.join(unused)})"
+        elif not features or features % number:
+            skipped[name] = f"expected {number} heads of equal size, got {features or 'an unknown number of'} features"
+        elif projections:
+            found.append(Heads(projections[-1].name, number, "input"))
         else:
-            found[last.name] = number
+            found.append(Heads(name, number, "output"))
     return found, skipped
+
+
+def _head_count(module: nn.Module) -> int:
+    counts = (getattr(module, name, 0) for name in HEAD_COUNTS)
+    return next((count for count in counts if type(count) is int and count > 0), 0)
+
+
+def _output_units(trace: Trace, call: Call) -> int:
+    axis = trace.axis(call, call.outputs[0]) if call.outputs else None
+    return 0 if axis is None else call.outputs[0].shape[axis]

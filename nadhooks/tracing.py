@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ModelError
+from .functional import Apply, WeightUse
+from .nesting import leaves_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Call:
     inputs: list[Leaf]
     outputs: list[Leaf] = field(default_factory=list)
     bare: bool = False  # the output is a tensor, not a structure of tensors
+    within: str | None = None  # the module that uses this one's weight in a function, where it is not called itself
     done: int = -1  # rank by completion
 
 
@@ -84,25 +87,30 @@ class Trace:
         """The axis of an output leaf that holds its units, None unless the evidence gives exactly one.
 
         First what made the tensor: the last layer of a known type that ran inside the module (for a module without
-        layers: before it). Then who takes it: a layer of a known type whose input is that very tensor, or what an
-        activation made of it.
+        layers: before it) and whose units the tensor can hold. Then who takes it: a layer of a known type whose input
+        is that very tensor, or what an activation made of it.
         """
         inside = [made for made in self.inside(call) if layer_axis(made.module, 4) is not None]
-        made_by = inside or [c for c in self.calls if c.done < call.done and layer_axis(c.module, 4) is not None]
-        made = [_axis_like(leaf.shape, maker) for maker in sorted(made_by, key=lambda c: c.done)[-1:]]
+        before = [made for made in self.calls if made.done < call.done and layer_axis(made.module, 4) is not None]
+        made_by = inside or sorted(before, key=lambda made: made.done)[-1:]
+        votes = (_axis_like(leaf.shape, maker) for maker in sorted(made_by, key=lambda made: -made.done))
+        made = [next((axis for axis in votes if axis is not None), None)]
         takers = ((layer_axis(c.module, len(leaf.shape)), input_units(c.module)) for c in self._takers(leaf))
         taken: list[int | None] = [a for a, units in takers if a is not None and leaf.shape[a] == units]
         # where another axis is as long, a block may have turned its tensor around: who takes it knows better
-        ambiguous = made[:1] not in ([], [None]) and leaf.shape[1:].count(leaf.shape[made[0] or 0]) > 1
+        ambiguous = made != [None] and leaf.shape[1:].count(leaf.shape[made[0] or 0]) > 1
         return next((axis for axis in (taken + made if ambiguous else made + taken) if axis is not None), None)
 
     def _takers(self, leaf: Leaf) -> Iterator[Call]:
         """The calls that take a tensor, also behind modules without layers that keep its shape (activations)."""
-        for call in self.consumers[leaf.serial]:
-            yield call
-            same = [out for out in call.outputs if out.shape == leaf.shape and out.serial != leaf.serial]
-            if layer_axis(call.module, 4) is None and not list(call.module.children()) and same:
-                yield from self._takers(same[0])
+        waiting, seen = [leaf], {leaf.serial}
+        while waiting:
+            for call in self.consumers[waiting.pop(0).serial]:
+                yield call
+                if layer_axis(call.module, 4) is None and not list(call.module.children()):
+                    same = [out for out in call.outputs if out.shape == leaf.shape and out.serial not in seen]
+                    seen.update(out.serial for out in same)
+                    waiting += same
 
 
 def _axis_like(shape: tuple[int, ...], maker: Call) -> int | None:
@@ -111,12 +119,15 @@ def _axis_like(shape: tuple[int, ...], maker: Call) -> int | None:
     axis = layer_axis(maker.module, len(made))
     if axis is None or axis >= len(made):
         return None
-    if len(shape) == len(made):
-        others_agree = all(a == b for i, (a, b) in enumerate(zip(shape, made, strict=True)) if i != axis)
-        # equal size: the layer's own units; another size but all else equal: several such outputs concatenated
-        return axis if shape[axis] == made[axis] or others_agree else None
+    if len(shape) == len(made) and shape[axis] == made[axis]:
+        return axis
     candidates = [i for i in range(1, len(shape)) if shape[i] == made[axis]]
-    return candidates[0] if len(candidates) == 1 else None
+    if len(candidates) == 1:  # turned around, or tokens put back into a map
+        return candidates[0]
+    others_agree = len(shape) == len(made) and all(
+        a == b for i, (a, b) in enumerate(zip(shape, made, strict=True)) if i != axis
+    )
+    return axis if others_agree and not candidates else None  # several such outputs concatenated
 
 
 def layer_axis(module: nn.Module, ndim: int) -> int | None:
@@ -185,7 +196,7 @@ def _run(model: nn.Module, example: Any) -> Trace:
 
     def leaves(values: Any) -> list[Leaf]:
         found = []
-        for index, value in enumerate(pytree.tree_leaves(values)):
+        for index, value in enumerate(leaves_of(values)):
             if isinstance(value, Tensor) and value.is_floating_point():
                 if value not in serials:
                     serials[value] = next(numbers)
@@ -202,10 +213,23 @@ def _run(model: nn.Module, example: Any) -> Trace:
         call.outputs, call.bare, call.done = leaves(output), isinstance(output, Tensor), finished
         finished += 1
 
+    def use(name: str, x: Tensor, apply: Apply) -> Tensor:
+        within = calls[open_calls[-1]].name if open_calls else ""
+        if within == name:  # the layer itself, being called
+            return apply(x)
+        before(name, modules[name], (x,), {})
+        calls[-1].within = within
+        out = apply(x)
+        after(out)
+        return out
+
+    modules = dict(model.named_modules())
+    weights = {id(m.weight): name for name, m in modules.items() if has_weights(m) and isinstance(m.weight, Tensor)}
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
-        for name, module in model.named_modules():
+        stack.enter_context(WeightUse(weights, use))
+        for name, module in modules.items():
             enter = module.register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: before(name, module, args, kwargs), with_kwargs=True
             )

@@ -1,9 +1,16 @@
-"""Who feeds whom: the directed acyclic graph of direct data flow between sites, read off the autograd graph."""
+"""Who feeds whom: the directed acyclic graph of direct data flow between sites.
+
+Two ways to know. The autograd graph of one forward pass tells almost everything at once, but cannot see through
+`detach`, argmax and regions without gradients, and takes a slice of a concatenation for the whole of it. Perturbation
+(change what one site puts out, hold all others, see what moves) sees what is there, at one forward pass a site.
+`wire` uses the first and asks the second where the first is in doubt; `perturb` uses the second alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,73 +21,239 @@ from torch.utils import _pytree as pytree
 
 from .errors import ModelError
 from .hooking import on_site
+from .nesting import leaves_of
 from .sites import Site
 from .tracing import call_model, undisturbed
 
 INPUT, OUTPUT = "input", "output"
+SLICES = (
+    "Slice",
+    "Select",
+    "Split",
+    "Unbind",
+    "Index",
+    "Narrow",
+    "Gather",
+    "Strided",
+)  # parts of autograd nodes' names
+FLAT = 1e-3  # parameters that are nowhere larger hide the flow: zero-initialised branches, layer scales
+
+Edges = dict[tuple[str, str], str]  # (source, target) -> how it was found
 
 
 def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
-    """The wiring of `sites` from one forward pass: nodes "input", every site's name in firing order, "output".
+    """The wiring of `sites`: nodes "input", every site's name in firing order, "output"; frozen.
 
-    An edge u -> v says that what v puts out was computed from what u put out with no other site between them. It is
-    found by walking back from v through the autograd graph until gates of other sites are met, so it cannot see
-    through `detach` and regions without gradients. Edges carry `found="autograd"`; the graph is frozen.
+    An edge u -> v says that what v puts out was computed from what u put out with no other site between them; sites
+    of modules that are called again stand where they fire first, and what feeds a later call feeds what follows it.
+    Edges carry `found`: "autograd", or "perturbation" where only that sees them. On the meta device there are no values
+    to perturb, and the autograd graph is believed.
     """
-    owners: dict[Any, str] = {}  # autograd node -> the site whose output it made, or "input"
-    behind: list[tuple[str, Any]] = []  # (site, the autograd node just before its gate)
+    with flowing(model):
+        edges, doubtful = _by_autograd(model, sites, example)
+        if not _on_meta(model):
+            sources = {source for source, _ in doubtful}
+            fed, feeding = {target for _, target in edges}, {source for source, _ in edges}
+            names = [site.name for site in sites]
+            if any(name not in fed for name in names):
+                sources.update((INPUT, *names))
+            sources.update(name for name in names if name not in feeding)
+            moved = _by_perturbation(model, sites, example, sources)
+            for edge in doubtful - moved:
+                del edges[edge]
+            edges.update({edge: "perturbation" for edge in moved if edge not in edges})
+    return _graph(sites, edges)
+
+
+def perturb(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
+    """The wiring of `sites` by perturbation alone, at one forward pass a site: the second opinion on `wire`."""
+    if _on_meta(model):
+        raise ModelError("perturbation needs values, and this model is on the meta device")
+    with flowing(model):
+        moved = _by_perturbation(model, sites, example, {INPUT, *(site.name for site in sites)})
+    return _graph(sites, dict.fromkeys(moved, "perturbation"))
+
+
+def agreed(wiring: nx.DiGraph, second: nx.DiGraph) -> nx.DiGraph:
+    """`wiring` with the edges that only `second` has, labelled as they are there, and without those that it refutes."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(wiring)
+    graph.add_edges_from((u, v, (wiring if wiring.has_edge(u, v) else second)[u][v]) for u, v in second.edges)
+    return nx.freeze(graph)
+
+
+@contextmanager
+def flowing(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters that hide the flow are others, drawn from [0.5, 1.5]; the model's own come back untouched."""
+    generator = torch.Generator().manual_seed(0)
+    with ExitStack() as stack:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+                    continue
+                if parameter.detach().abs().amax() < FLAT:
+                    drawn = torch.rand(parameter.shape, generator=generator).add_(0.5)
+                    stack.callback(module._parameters.__setitem__, name, parameter)
+                    module._parameters[name] = nn.Parameter(drawn.to(parameter), parameter.requires_grad)
+        yield
+
+
+# --- by autograd -----------------------------------------------------------------------------------------------------
+
+
+def _by_autograd(model: nn.Module, sites: Sequence[Site], example: Any) -> tuple[Edges, set[tuple[str, str]]]:
+    """Edges, and those among them that a second look should confirm.
+
+    The graph is cut at every site, so that a walk back from what enters one ends at those that feed it. Where slices
+    lie on the way from several, an edge without any gradient is in doubt.
+    """
+    entries: dict[int, tuple[str, Tensor]] = {}  # id of a leaf of the cut graph -> the site behind it, and the leaf
+    ends: list[tuple[str, Tensor]] = []
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        leaf = tensor.detach().requires_grad_()
+        entries[id(leaf)] = (name, leaf)
+        return leaf.clone()  # not the leaf itself: a model may change it in place
 
     def mark(site: Site, tensor: Tensor) -> Tensor:
-        if tensor.grad_fn is not None:
-            behind.append((site.name, tensor.grad_fn))
-        marked = tensor.clone()
-        if marked.grad_fn is not None:
-            owners[marked.grad_fn] = site.name
-        return marked
+        ends.append((site.name, tensor))
+        return cut(site.name, tensor)
 
-    def tracked(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        # not the leaf itself: a model may change its input in place
-        entry = tensor.clone().detach().requires_grad_().clone()
-        owners[entry.grad_fn] = INPUT
-        return entry
+    def entered(tensor: Tensor) -> Tensor:
+        return cut(INPUT, tensor.clone()) if tensor.is_floating_point() else tensor
 
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(torch.enable_grad())
-        for site in sites:
-            stack.callback(on_site(model, site, partial(mark, site)).remove)
+    with _hooked(model, sites, mark), torch.enable_grad():
         try:
-            outputs = call_model(model, pytree.tree_map_only(Tensor, tracked, example))
+            outputs = call_model(model, pytree.tree_map_only(Tensor, entered, example))
         except RuntimeError as error:
             raise ModelError(
                 f"the model runs without gradients, but not with them, which gates and wiring need: {error}"
             ) from error
+    ends += [(OUTPUT, leaf) for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)]
+    edges: Edges = {}
+    doubtful: set[tuple[str, str]] = set()
+    for target, tensor in ends:
+        leaves, sliced = _leaves_behind(tensor.grad_fn, entries)
+        sources = {name for name, _ in leaves}
+        edges.update({(source, target): "autograd" for source in sources})
+        if sliced and len(sources) > 1 and not tensor.is_meta:
+            doubtful.update((source, target) for source in sources - _with_gradient(tensor, leaves))
+    return edges, doubtful
 
-    behind += [(OUTPUT, t.grad_fn) for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn]
-    rank = {INPUT: -1, OUTPUT: len(sites)} | {site.name: index for index, site in enumerate(sites)}
-    graph = nx.DiGraph()
-    graph.add_nodes_from([INPUT, *(site.name for site in sites), OUTPUT])
-    edges = {(source, target) for target, start in behind for source in _sources(start, owners)}
-    for source, target in sorted(edges, key=lambda edge: (rank[edge[1]], rank[edge[0]])):
-        # a module that is called again feeds its own earlier calls: first-call order keeps the graph acyclic
-        if rank[source] < rank[target]:
-            graph.add_edge(source, target, found="autograd")
-    return nx.freeze(graph)
 
-
-def _sources(start: Any, owners: dict[Any, str]) -> set[str]:
-    found: set[str] = set()
-    seen = {start}
-    stack = [start]
+def _leaves_behind(start: Any, entries: dict[int, tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], bool]:
+    """The leaves that a node was computed from, and whether slices lie on the way."""
+    found, sliced, seen, stack = [], False, {start}, [start]
     while stack:
         node = stack.pop()
-        if node in owners:
-            found.add(owners[node])
+        if node is None:
             continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return found
+        entry = entries.get(id(getattr(node, "variable", None)))
+        if entry is not None:
+            found.append(entry)
+        sliced = sliced or any(part in type(node).__name__ for part in SLICES)
+        following = [other for other, _ in node.next_functions if other not in seen]
+        seen.update(following)
+        stack += following
+    return found, sliced
+
+
+def _with_gradient(tensor: Tensor, leaves: Sequence[tuple[str, Tensor]]) -> set[str]:
+    cotangent = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    gradients = torch.autograd.grad(
+        tensor, [leaf for _, leaf in leaves], cotangent, retain_graph=True, allow_unused=True
+    )
+    pairs = zip(leaves, gradients, strict=True)
+    return {name for (name, _), gradient in pairs if gradient is not None and gradient.any()}
+
+
+# --- by perturbation -------------------------------------------------------------------------------------------------
+
+
+def _by_perturbation(
+    model: nn.Module, sites: Sequence[Site], example: Any, sources: Iterable[str]
+) -> set[tuple[str, str]]:
+    """The edges that leave these sources: whose input moves when one changes and every other puts out what it did."""
+    if not sources:
+        return set()
+    generator = torch.Generator().manual_seed(0)
+    recorded: dict[str, list[Tensor]] = defaultdict(list)
+
+    def record(site: Site, tensor: Tensor) -> None:
+        recorded[site.name].append(tensor.clone())  # an in-place layer that follows would overwrite it
+
+    def noisy(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return tensor + noise * (tensor.std(correction=0) + FLAT)
+
+    def run(source: str | None, change: Callable[[Site, Tensor], Tensor | None]) -> list[Any]:
+        with _hooked(model, sites, change), torch.no_grad():
+            inputs = pytree.tree_map_only(Tensor, noisy if source == INPUT else Tensor.clone, example)
+            return leaves_of(call_model(model, inputs))
+
+    outputs = run(None, record)
+    edges: set[tuple[str, str]] = set()
+    for source in sources:
+        calls: dict[str, int] = defaultdict(int)
+
+        def replay(site: Site, tensor: Tensor, source: str = source, calls: dict[str, int] = calls) -> Tensor:
+            index, calls[site.name] = calls[site.name], calls[site.name] + 1
+            if index >= len(recorded[site.name]):  # a module that is called more often than before has moved
+                edges.add((source, site.name))
+                return tensor
+            before = recorded[site.name][index]
+            if not _same(tensor, before):
+                edges.add((source, site.name))
+            return noisy(before) if site.name == source else before.clone()
+
+        if not _all_same(run(source, replay), outputs):
+            edges.add((source, OUTPUT))
+    return edges
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and not bool(((a != b) & ~((a != a) & (b != b))).any())  # NaN is the same as NaN
+
+
+def _all_same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _hooked(model: nn.Module, sites: Sequence[Site], change: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        for site in sites:
+            stack.callback(on_site(model, site, partial(change, site)).remove)
+        yield
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _graph(sites: Sequence[Site], edges: Edges) -> nx.DiGraph:
+    rank = {INPUT: -1, OUTPUT: len(sites)} | {site.name: index for index, site in enumerate(sites)}
+    feeds: dict[str, list[str]] = defaultdict(list)
+    for source, target in sorted(edges, key=lambda edge: (rank[edge[1]], rank[edge[0]])):
+        feeds[source].append(target)
+    graph = nx.DiGraph()
+    graph.add_nodes_from([INPUT, *(site.name for site in sites), OUTPUT])
+    for source in graph:
+        # a site that feeds a later call of an earlier one would close a circle: it feeds what that call feeds instead
+        waiting, seen = [(target, edges[source, target]) for target in feeds[source]], {source}
+        while waiting:
+            target, found = waiting.pop(0)
+            if rank[target] > rank[source]:
+                graph.add_edge(source, target, found=found)
+            elif target not in seen:
+                seen.add(target)
+                waiting += [(other, edges[target, other]) for other in feeds[target]]
+    return nx.freeze(graph)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
-    {"errors", "_version", "formats.writing"},
+    {"errors", "_version", "nesting", "functional", "formats.writing"},
     {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
     {"structure", "methods"},
     {"sites"},
@@ -17,8 +17,8 @@ FLOORS = [
     {"learning", "formats"},
     {"evaluation.recognition"},
     {"evaluation", "demo"},
-    {"cli"},
-    {"__main__", ""},
+    {"cli", "zoo.check", "zoo.coverage"},
+    {"__main__", "zoo.__main__", ""},
 ]
 
 

@@ -15,7 +15,7 @@ from examples.darts import SITES as DARTS_SITES
 from examples.darts import imagenet_network
 from nadhooks import sites, zoo
 
-MODELS = {  # spec -> (blocks, channels, neurons, heads), 0 where there are none that a hook can reach
+MODELS = {  # spec -> (blocks, channels, neurons, heads), 0 where there are none
     "timm:resnet18": (8, 21, 0, 0),
     "timm:vit_tiny_patch16_224": (12, 50, 12, 12),
     "timm:convnext_atto": (12, 41, 12, 0),
@@ -25,8 +25,8 @@ MODELS = {  # spec -> (blocks, channels, neurons, heads), 0 where there are none
     "torchvision:vgg16": (15, 16, 2, 0),
     "torchvision:resnet50": (16, 54, 0, 0),
     "torchvision:densenet121": (4, 121, 0, 0),
-    "torchvision:vit_b_16": (12, 26, 12, 0),
-    "torchvision:swin_t": (12, 29, 12, 0),
+    "torchvision:vit_b_16": (12, 38, 12, 12),
+    "torchvision:swin_t": (12, 53, 12, 12),
     "torchvision:googlenet": (9, 58, 0, 0),
 }
 
