@@ -52,12 +52,13 @@ def attach(
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
 
 
-def gate(x: Tensor, g: Tensor, axis: int, block: int = 1, closed: Tensor | None = None) -> Tensor:
+def gate(x: Tensor, g: Tensor, axis: int, block: int = 1, closed: Tensor | None = None, views: bool = False) -> Tensor:
     """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
 
     x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
-    unit is `block` positions of `axis`. Where axis 0 of x is a multiple of the batch (windows, frames), samples are
-    taken to lie together. The result has x's dtype: a float32 gate must not promote an output under autocast.
+    unit is `block` positions of `axis`. Where axis 0 of x is a multiple of the batch, the positions of one sample lie
+    together (windows, frames), or with `views` all samples of one view do. The result has x's dtype: a float32 gate
+    must not promote an output under autocast.
     """
     if g.shape[0] not in (1, x.shape[0]):
         if x.shape[0] % g.shape[0]:
@@ -65,7 +66,8 @@ def gate(x: Tensor, g: Tensor, axis: int, block: int = 1, closed: Tensor | None 
                 f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
                 "pass one label per sample, or one task for the whole batch"
             )
-        g = g.repeat_interleave(x.shape[0] // g.shape[0], 0)
+        times = x.shape[0] // g.shape[0]
+        g = g.repeat(times, 1) if views else g.repeat_interleave(times, 0)
     g = _spread(g, x, axis, block)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return g * x
@@ -127,7 +129,7 @@ class _SiteGate:
             g = torch.ones(1, site.units, device=x.device)
         if shut is not None:
             g = g.masked_fill(shut.to(g.device), 0)
-        return gate(x, g, site.axis, site.block, gates._closed_values(site))
+        return gate(x, g, site.axis, site.block, gates._closed_values(site), site.views)
 
 
 class _Entry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal
@@ -247,7 +247,7 @@ def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str)
 
 
 def _fields(site: Site) -> dict[str, Any]:
-    return {key: value for key, value in asdict(site).items() if key != "within"}
+    return {each.name: getattr(site, each.name) for each in fields(site) if each.compare}
 
 
 def _site(fields: Mapping[str, Any]) -> Site:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import SiteError
 from .structure import attention_heads, block_names, hidden_activations
-from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, samples_lie_on_axis_0
+from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, samples_on_axis_0
 
 Side = Literal["input", "output"]
 
@@ -22,8 +22,10 @@ class Site:
 
     name: unique within a model; the module's name, with `[i]` behind it for the i-th tensor of a structured output
         and `@input` for what the module takes in.
-    within: the module that uses this one's weight in a function, where this one is never called itself; found anew in
-        each model, and not part of what masks say of their sites.
+    within: the module that uses this one's weight in a function, where this one is never called itself.
+    views: axis 0 holds all samples of one view, then all of the next, and not all views of one sample.
+
+    `within` and `views` are found anew in each model, and not part of what masks say of their sites.
     axis: counted from the front, batch included. units: how many. block: positions on the axis per unit.
     """
 
@@ -35,6 +37,7 @@ class Site:
     leaf: int | None = None
     block: int = 1
     within: str | None = field(default=None, compare=False)
+    views: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -261,13 +264,14 @@ def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -
         raise SiteError(
             f"{name}: it is called several times, and not always with {positions} units; choose other modules"
         )
-    if not samples_lie_on_axis_0(trace, call, leaf):
+    samples = samples_on_axis_0(trace, call, leaf)
+    if samples == "none":
         raise SiteError(
             f"{name}: axis 0 of shape {leaf.shape} does not hold the samples, so gates cannot differ by sample"
         )
     units = pick.units or positions
     index = None if call.bare or pick.side == "input" else leaf.index
-    return Site(name, where, units, pick.module, pick.side, index, positions // units, call.within)
+    return Site(name, where, units, pick.module, pick.side, index, positions // units, call.within, samples == "views")
 
 
 def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -283,7 +287,8 @@ def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
         if leaf is None or site.axis >= len(leaf.shape) or leaf.shape[site.axis] != site.units * site.block:
             got = leaf.shape if leaf else "no such tensor"
             raise SiteError(f"{site.name}: expected {site.units * site.block} positions on axis {site.axis}, got {got}")
-        found.append(replace(site, within=call.within))
+        views = samples_on_axis_0(trace, call, leaf) == "views"
+        found.append(replace(site, within=call.within, views=views))
     return tuple(found)
 
 

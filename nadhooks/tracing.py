@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Leaf:
     dtype: torch.dtype
     device: torch.device
     serial: int  # the same number for the same tensor object, wherever it turns up
+    rows: Tensor | None = field(default=None, compare=False)  # the mean of each position on axis 0, if there are more
 
 
 @dataclass
@@ -172,20 +173,39 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """
     once = _run(model, example)
     try:
-        once.twice = _run(model, pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), example))
+        once.twice = _run(model, doubled(example))
     except (ModelError, RuntimeError):  # a model for one batch size, or an example that is not made of batches
         once.twice = None
     return once
 
 
-def samples_lie_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> bool:
-    """Twice the samples gave twice the positions on axis 0, and no other axis grew."""
+def doubled(example: Any) -> Any:
+    """Forward arguments with every sample twice: tensors have samples on axis 0, lists among them are of samples."""
+    if isinstance(example, (tuple, list)):
+        return tuple(each * 2 if isinstance(each, list) else doubled(each) for each in example)
+    return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), example)
+
+
+def samples_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> Literal["together", "views", "none"]:
+    """How twice the samples came to lie on axis 0, if nothing else grew.
+
+    "together": all positions of a sample follow each other. "views": all samples of one view, then all of the next, as
+    in `cat([images, images.flip(3)])`. "none": axis 0 does not hold the samples.
+    """
     again = trace.twice.call(call.name) if trace.twice else None
     if again is None:
-        return True  # nothing speaks against it
+        return "together"  # nothing speaks against it
     leaves = {other.index: other for other in (again.inputs if leaf in call.inputs else again.outputs)}
     other = leaves.get(leaf.index)
-    return other is not None and other.shape == (2 * leaf.shape[0], *leaf.shape[1:])
+    if other is None or other.shape != (2 * leaf.shape[0], *leaf.shape[1:]):
+        return "none"
+    if leaf.rows is None or other.rows is None:
+        return "together"
+    # with each sample twice in a row, positions of one view repeat one by one; else they repeat as a whole
+    together, views = (
+        (other.rows - rows).abs().sum() for rows in (leaf.rows.repeat(2), leaf.rows.repeat_interleave(2))
+    )
+    return "views" if views < 1e-3 * together else "together"
 
 
 def _run(model: nn.Module, example: Any) -> Trace:
@@ -200,7 +220,9 @@ def _run(model: nn.Module, example: Any) -> Trace:
             if isinstance(value, Tensor) and value.is_floating_point():
                 if value not in serials:
                     serials[value] = next(numbers)
-                found.append(Leaf(index, tuple(value.shape), value.dtype, value.device, serials[value]))
+                several = value.dim() > 1 and len(value) > 1 and not value.is_meta
+                rows = value.detach().flatten(1).mean(1, dtype=torch.float64) if several else None
+                found.append(Leaf(index, tuple(value.shape), value.dtype, value.device, serials[value], rows))
         return found
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:

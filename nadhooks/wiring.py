@@ -46,8 +46,9 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
 
     An edge u -> v says that what v puts out was computed from what u put out with no other site between them; sites
     of modules that are called again stand where they fire first, and what feeds a later call feeds what follows it.
-    Edges carry `found`: "autograd", or "perturbation" where only that sees them. On the meta device there are no values
-    to perturb, and the autograd graph is believed.
+    Edges carry `found`: "autograd", or "perturbation" where only that sees them; "assumed" where they lead from a last
+    site to the output because nothing else does, as in a detector that finds nothing in the example. On the meta device
+    there are no values to perturb, and the autograd graph is believed.
     """
     with flowing(model):
         edges, doubtful = _by_autograd(model, sites, example)
@@ -62,6 +63,9 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
             for edge in doubtful - moved:
                 del edges[edge]
             edges.update({edge: "perturbation" for edge in moved if edge not in edges})
+    if not any(target == OUTPUT for _, target in edges):  # a detector that detects nothing in the example
+        feeding = {source for source, _ in edges}
+        edges.update({(site.name, OUTPUT): "assumed" for site in sites if site.name not in feeding})
     return _graph(sites, edges)
 
 
@@ -208,7 +212,11 @@ def _by_perturbation(
                 edges.add((source, site.name))
             return noisy(before) if site.name == source else before.clone()
 
-        if not _all_same(run(source, replay), outputs):
+        try:
+            moved = not _all_same(run(source, replay), outputs)
+        except (RuntimeError, IndexError):  # other proposals than those that the replayed tensors belong to
+            moved = True
+        if moved:
             edges.add((source, OUTPUT))
     return edges
 

@@ -17,7 +17,8 @@ FLOORS = [
     {"learning", "formats"},
     {"evaluation.recognition"},
     {"evaluation", "demo"},
-    {"cli", "zoo.check", "zoo.coverage"},
+    {"cli", "zoo.check"},
+    {"zoo.coverage", "zoo.processes"},
     {"__main__", "zoo.__main__", ""},
 ]
 

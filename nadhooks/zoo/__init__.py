@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,20 +66,74 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise ModelError(f"the weights in {path} cannot be loaded into this model: {error}") from error
 
 
-def example_for(model: nn.Module) -> Tensor:
-    """An input of shape (1, channels, height, width) as the model itself describes it, on its device.
+def example_for(model: nn.Module, size: int | None = None) -> Any:
+    """Forward arguments of one sample as the model itself describes them, on its device.
 
+    Images (1, channels, height, width), clips (1, 3, 16, height, width), two images for optical flow, a list with one
+    (3, height, width) image for detection. size: height and width, where the model takes any.
     Raises ModelError for models of neither zoo that say nothing about their input.
     """
-    size = _input_size(model)
-    if size is None:
+    inner = _unwrapped(model)
+    family = _torchvision_family(inner)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)  # the global random state is the user's
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device=like.device, dtype=like.dtype)
+
+    if detects(model):
+        return ([noise(3, size or 256, size or 256).sigmoid()],)
+    if family == "optical_flow":  # its correlation pyramid needs 128
+        return (noise(1, 3, size or 128, size or 128), noise(1, 3, size or 128, size or 128))
+    known = _input_size(model)
+    if known is None:
         raise ModelError(
             f"nothing tells what input {type(model).__name__} takes; pass example=, the forward arguments "
             "(a tensor, a tuple or a dict), for instance example=images[:1]; on the command line, --image-size"
         )
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))  # the global random state is the user's
-    return noise.to(device=like.device, dtype=like.dtype)
+    channels, height, width = known
+    clip = (16,) if family == "video" else ()
+    return noise(1, channels, *clip, size or height, size or width)
+
+
+def detects(model: nn.Module) -> bool:
+    """Takes lists of images, in training with targets, and puts out boxes."""
+    return _torchvision_family(_unwrapped(model)) == "detection"
+
+
+def training_example(model: nn.Module, example: Any) -> Any:
+    """What the model takes in training: detection wants targets too, other models take the same."""
+    if not detects(model):
+        return example
+    targets = []
+    for image in example[0]:
+        side = min(image.shape[1:])
+        box = torch.tensor([[0.2, 0.2, 0.8, 0.9]], device=image.device) * side
+        targets.append(
+            {
+                "boxes": box,
+                "labels": torch.ones(1, dtype=torch.int64, device=image.device),
+                "masks": torch.ones(1, *image.shape[1:], dtype=torch.uint8, device=image.device),
+                "keypoints": torch.cat([box.new_full((1, 17, 2), 0.5 * side), box.new_ones(1, 17, 1)], 2),
+            }
+        )
+    return (*example, targets)
+
+
+def model_names() -> dict[str, str]:
+    """{spec: the module that defines it} of every model in both zoos."""
+    import timm
+    from torchvision import models
+
+    named = {f"timm:{name}": timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
+    return named | {f"torchvision:{name}": models.get_model_builder(name).__module__ for name in models.list_models()}
+
+
+def versions() -> dict[str, str]:
+    import timm
+    import torchvision
+
+    return {"torch": str(torch.__version__), "timm": timm.__version__, "torchvision": torchvision.__version__}
 
 
 def set_image_size(model: nn.Module, size: int) -> None:
@@ -157,6 +212,8 @@ def _torchvision_model(name: str, pretrained: bool, options: dict[str, Any]) -> 
     if name not in models.list_models():
         raise ModelError(f"torchvision has no model {name!r}{_did_you_mean(name, models.list_models())}")
     chosen: dict[str, Any] = {"name": name, "weights": "DEFAULT" if pretrained else None}
+    if not pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        chosen["weights_backbone"] = None  # else detection and segmentation download their backbone's
     if name in ("googlenet", "inception_v3") and not pretrained:
         chosen["init_weights"] = True  # says nothing new, but silences a warning about a future default
     return _call(f"torchvision:{name}", models.get_model, chosen | options)
@@ -210,28 +267,39 @@ def _did_you_mean(name: str, names: list[str]) -> str:
 
 def _input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width) that the model takes, from what it says of itself."""
-    wrapped = getattr(model, "module", None)
-    inner = wrapped if isinstance(wrapped, nn.Module) else model  # DataParallel and DDP
+    inner = _unwrapped(model)
     config = getattr(inner, "pretrained_cfg", None)
     size: tuple[int, int] | None = None
     if isinstance(config, dict) and config.get("input_size"):
         size = tuple(config["input_size"])[1:]
         built_for = getattr(getattr(inner, "patch_embed", None), "img_size", None)  # timm.create_model(img_size=…)
         size = tuple(built_for) if built_for else size
-    elif type(inner).__module__.startswith("torchvision.models"):
+    elif _torchvision_family(inner):
         built_for = getattr(inner, "image_size", None)
         weights = _torchvision_weights(inner, "")
-        crop = getattr(weights.transforms(), "crop_size", None) if weights is not None else None
-        size = (built_for, built_for) if isinstance(built_for, int) else (crop[0], crop[0]) if crop else None
+        preset = weights.transforms() if weights is not None else None
+        crop = getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None)  # segmentation only resizes
+        size = (built_for, built_for) if isinstance(built_for, int) else (crop[0], crop[-1]) if crop else None
     if size is None:
         return None
     first = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)
     return (first.in_channels if first is not None else 3, *size)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    wrapped = getattr(model, "module", None)
+    return wrapped if isinstance(wrapped, nn.Module) else model  # DataParallel and DDP
+
+
+def _torchvision_family(model: nn.Module) -> str:
+    """detection, segmentation, video, optical_flow or quantization; a file's name for classification; else empty."""
+    above, _, rest = type(model).__module__.partition("torchvision.models.")
+    return rest.partition(".")[0] if not above else ""
+
+
 def _torchvision_weights(model: nn.Module, name: str) -> Any:
     """The default weights of a builder: the named one, or one of the module that the model's class comes from."""
-    if not type(model).__module__.startswith("torchvision.models"):
+    if not _torchvision_family(model):
         return None
     from torchvision import models
 

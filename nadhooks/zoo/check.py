@@ -1,0 +1,357 @@
+"""What `attach` promises, checked on one model of a zoo: the work behind `python -m nadhooks.zoo check`.
+
+Zero-initialised and layer-scale parameters are others while this runs, so that gradients can flow. Every check gives
+"ok", or what was found instead, which goes to the ledger as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+
+from .. import sites, zoo
+from ..errors import NadhooksError, SiteError
+from ..gates import Gates, attach
+from ..nesting import leaves_of
+from ..sites import Site
+from ..tracing import call_model, doubled, has_weights, undisturbed
+from ..wiring import INPUT, OUTPUT, flowing, perturb
+
+GRANULARITIES = {
+    "blocks": sites.blocks,
+    "channels": sites.channels,
+    "neurons": sites.neurons,
+    "heads": sites.heads,
+}
+CHECKS = ("open", "gradient", "closing", "per sample", "detach", "wiring", "perturbation")
+MAY_BE_ABSENT = ("neurons", "heads")  # a network of convolutions has neither
+SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)  # image sides that are tried, smallest first
+SAMPLED = 6  # sites that are closed one at a time, where there are more
+TRIED = 5  # units of such a site, until the output feels one
+SECONDS_TO_PERTURB = 120
+REAL_PARAMETERS = 40_000_000
+REAL_BYTES = 8 * 2**30
+
+
+@dataclass
+class Finding:
+    """One model at one granularity: a line of the ledger."""
+
+    model: str
+    granularity: str
+    parameters: int
+    ran: str  # "64 px", "clip 112 px", "meta"
+    sites: int = 0
+    units: int = 0
+    left_out: int = 0
+    edges: int = 0
+    checks: dict[str, str] = field(default_factory=dict)
+    attach_seconds: float = 0.0
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Attached, or nothing there to attach to, and no check found anything else than it expected."""
+        absent = self.granularity in MAY_BE_ABSENT and self.reason.startswith("none")
+        explained = all(found == "ok" or found.startswith(("ok:", "not run:")) for found in self.checks.values())
+        return absent or (self.sites > 0 and explained)
+
+
+def parameters_of(spec: str) -> int:
+    """How many parameters a model has, without allocating them where it can be made on the meta device."""
+    return sum(parameter.numel() for parameter in _on_meta(spec).parameters())
+
+
+def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iterator[Finding]:
+    """All findings on one model, a granularity each.
+
+    real: run it, at the smallest image size that it takes; otherwise attach on the meta device only.
+    channels_wiring: compare the wiring with perturbation at the granularity of channels too.
+    """
+    torch.manual_seed(0)
+    begun = time.monotonic()
+    model = zoo.load_model(spec) if real else _on_meta(spec)
+    if zoo.detects(model):
+        model = model.double()  # sums over thousands of anchors would swallow a unit's part
+    example, ran = _smallest_example(model) if real else (zoo.example_for(model), "meta")
+    made = time.monotonic() - begun
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with flowing(model), _ordinary_attention():
+        run = Runner(model, doubled(example)) if real else None
+        for granularity in GRANULARITIES:
+            begun = time.monotonic()
+            finding = Finding(spec, granularity, parameters, ran)
+            try:
+                gates = attach(model, GRANULARITIES[granularity](), example=example)
+            except NadhooksError as error:
+                finding.reason = _why_absent(error)
+                yield finding
+                continue
+            finding.attach_seconds = made + time.monotonic() - begun
+            finding.sites, finding.units = len(gates.sites), sum(site.units for site in gates.sites)
+            finding.left_out, finding.edges = len(gates.skipped), gates.wiring.number_of_edges()
+            finding.checks["wiring"] = wiring_is_sound(gates)
+            with gates:
+                if run is not None:
+                    thorough = granularity == "blocks"
+                    second = thorough or (granularity == "channels" and channels_wiring)
+                    finding.checks |= checked(run, gates, example, thorough, second)
+            if real:
+                finding.checks["detach"] = _no_hooks_left(model)
+            finding.seconds = time.monotonic() - begun
+            yield finding
+
+
+def checked(run: Runner, gates: Gates, example: Any, thorough: bool, second_opinion: bool) -> dict[str, str]:
+    """Every check that needs values, on a batch of two samples."""
+    found = {"open": open_gates_change_nothing(run, gates, thorough)}
+    strongest: dict[str, list[int]] = {}
+    found["gradient"] = gradient_reaches_every_gate(run, gates, strongest)
+    found["closing"] = closing_is_felt(run, gates, strongest)
+    found["per sample"] = "not run: a list of images" if run.detects else samples_go_their_own_way(run, gates)
+    if second_opinion:
+        expected = run.seconds * len(gates.sites)
+        late = expected > SECONDS_TO_PERTURB
+        found["perturbation"] = (
+            f"not run: {len(gates.sites)} passes would take {expected:.0f} s"
+            if late
+            else perturbation_agrees(run, gates, example)
+        )
+    return found
+
+
+# --- the checks ------------------------------------------------------------------------------------------------------
+
+
+def open_gates_change_nothing(run: Runner, gates: Gates, thorough: bool) -> str:
+    """Bit for bit the bare model's output, in eval and train mode, each with and without gradients.
+
+    Not thorough: in eval mode without gradients and in train mode with them.
+    """
+    differs = []
+    for training, gradients in ((False, False), (True, True), *(((False, True), (True, False)) if thorough else ())):
+        bare = run.bare(training=training, gradients=gradients)
+        with gates(0):
+            gated = run(training=training, gradients=gradients)
+        if not same(bare, gated):
+            differs.append(f"{'train' if training else 'eval'} {'with' if gradients else 'without'} gradients")
+    return f"differs in {', '.join(differs)}" if differs else "ok"
+
+
+def gradient_reaches_every_gate(run: Runner, gates: Gates, strongest: dict[str, list[int]]) -> str:
+    """A finite gradient for the gates of every site, at half its units or more of those that are alive.
+
+    A unit that is alive may still meet a ReLU that both samples leave shut. Notes each site's strongest units.
+    """
+    alive: dict[str, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> None:
+        now = x.detach().movedim(site.axis, 0).reshape(site.units, -1).abs().amax(1) > 0
+        alive[site.name] = now | alive.get(site.name, now)
+
+    with gates(0), gates.watch(see):
+        outputs = [x for x in run(training=run.detects, gradients=True) if x.requires_grad and x.numel()]
+    generator = torch.Generator().manual_seed(1)
+    total = torch.stack([(x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs]).sum()
+    gradients = torch.autograd.grad(total, gates.parameters(), allow_unused=True)
+    missing = []
+    for site, gradient in zip(gates.sites, gradients, strict=True):
+        if gradient is None or not gradient.isfinite().all():
+            missing.append(site.name)
+            continue
+        strongest[site.name] = gradient[0].abs().topk(min(TRIED, site.units)).indices.tolist()
+        reached, living = int((gradient[0] != 0).sum()), int(alive[site.name].sum())
+        if 2 * reached < living:
+            missing.append(f"{site.name} ({reached} of {living} units)")
+    if missing and run.detects and len(missing) < len(gates.sites) / 2:
+        return f"ok: a detector's loss sees only the anchors that it draws, none of {_few(missing)}"
+    return f"none at {_few(missing)}" if missing else "ok"
+
+
+def closing_is_felt(run: Runner, gates: Gates, strongest: dict[str, list[int]]) -> str:
+    """Closing a site's strongest unit changes the output, and does what a hook that zeroes the channel does.
+
+    Where rounding swallows the change (a head behind a saturated softmax), the next strongest are tried.
+    """
+    bare = run.bare(training=run.detects)
+    wrong = []
+    chosen = [site for site in gates.sites if site.name in strongest]
+    for site in chosen[:: -(-len(chosen) // SAMPLED)] if chosen else []:
+        module = run.module(site.module)
+        layer = has_weights(module) and site.side == "output" and site.within is None
+        for unit in strongest[site.name]:
+            with gates.close(site.name, unit):
+                closed = run(training=run.detects)
+            if layer:
+                with zeroed(module, site.axis, unit):
+                    if not same(run(training=run.detects), closed):
+                        wrong.append(f"{site.name} differs from the zeroed channel {unit}")
+            if not same(closed, bare):
+                break
+        else:
+            wrong.append(f"{site.name} does not feel units {strongest[site.name]}")
+    return _few(wrong) or "ok"
+
+
+def samples_go_their_own_way(run: Runner, gates: Gates) -> str:
+    """With every other unit closed for the second sample, the first gives what it did, and the second does not."""
+    bare = run.bare()
+    shut = {site.name: torch.ones(2, site.units) for site in gates.sites}
+    for gate in shut.values():
+        gate[1, ::2] = 0
+    with gates.apply(shut):
+        gated = run()
+    pairs = [(a, b) for a, b in zip(bare, gated, strict=True) if a.dim() and len(a) == 2]
+    if not pairs:
+        return "not run: no output with the samples on axis 0"
+    if not all(same([a[0]], [b[0]]) for a, b in pairs):
+        return "the first sample changes with the second's gates"
+    return "the second sample does not change" if all(same([a[1]], [b[1]]) for a, b in pairs) else "ok"
+
+
+def wiring_is_sound(gates: Gates) -> str:
+    """Acyclic, with the input as its one source, and every site on a way to the output."""
+    wiring = gates.wiring
+    if not nx.is_directed_acyclic_graph(wiring):
+        return "has a cycle"
+    sources = [node for node in wiring if not wiring.in_degree(node)]
+    if sources != [INPUT]:
+        return f"has other sources than the input: {_few(sources)}"
+    astray = set(wiring) - nx.ancestors(wiring, OUTPUT) - {OUTPUT}
+    return f"no way to the output from {_few(sorted(astray))}" if astray else "ok"
+
+
+def perturbation_agrees(run: Runner, gates: Gates, example: Any) -> str:
+    second = perturb(run.model, gates.sites, example)
+    added = set(second.edges) - set(gates.wiring.edges)
+    refuted = set(gates.wiring.edges) - set(second.edges)
+    differ = [f"adds {u} -> {v}" for u, v in sorted(added)] + [f"refutes {u} -> {v}" for u, v in sorted(refuted)]
+    if differ and run.detects and not added and all(v == OUTPUT for _, v in refuted):
+        return f"ok: a detector puts out only the boxes that it keeps, which {_few(differ)}"
+    return _few(differ) or "ok"
+
+
+def _no_hooks_left(model: nn.Module) -> str:
+    left = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    return f"hooks left on {_few(left)}" if left else "ok"
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs a model the same way each time: random state, buffers and training flags as they were.
+
+    seconds: how long a run takes.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any):
+        self.model, self.batch = model, batch
+        self.training_batch = zoo.training_example(model, batch)
+        self.detects = zoo.detects(model)
+        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.moved = False  # running statistics, in train mode
+        self.seen: dict[tuple[bool, bool], list[Tensor]] = {}
+        begun = time.monotonic()
+        self.bare()
+        self.seconds = time.monotonic() - begun
+
+    def __call__(self, *, training: bool = False, gradients: bool = False) -> list[Tensor]:
+        """The floating-point leaves of the output."""
+        if self.moved:  # not right after the run that moved them: its gradients are still to be taken
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(self.buffers[name])
+        self.moved = training
+        with undisturbed(self.model), torch.set_grad_enabled(gradients):
+            torch.manual_seed(2)  # dropout and stochastic depth
+            if training:
+                self.model.train()
+            outputs = call_model(self.model, self.training_batch if training else self.batch)
+        return [x for x in leaves_of(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def bare(self, *, training: bool = False, gradients: bool = False) -> list[Tensor]:
+        """What the model put out when this was asked first, without gates in force."""
+        if (training, gradients) not in self.seen:
+            outputs = self(training=training, gradients=gradients)
+            self.seen[training, gradients] = [x.detach() for x in outputs]
+        return self.seen[training, gradients]
+
+    def module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+
+@contextmanager
+def zeroed(module: nn.Module, axis: int, unit: int) -> Iterator[None]:
+    def zero(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.index_fill(axis, torch.tensor([unit], device=output.device), 0)
+
+    handle = module.register_forward_hook(zero, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Bit for bit; NaN is the same as NaN."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@contextmanager
+def _ordinary_attention() -> Iterator[None]:
+    """Without the fused inference path of nn.MultiheadAttention, in which there is no tensor to gate."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _on_meta(spec: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return zoo.load_model(spec)
+    except NadhooksError:  # torchvision's RegNet reads numbers from a tensor while it is made
+        return zoo.load_model(spec).to("meta")
+
+
+def _smallest_example(model: nn.Module) -> tuple[Any, str]:
+    """The forward arguments of the smallest images that the model takes, and their description."""
+    rescaling = getattr(model, "transform", None)
+    for module in model.modules():
+        if hasattr(module, "score_thresh"):
+            module.__dict__["score_thresh"] = 0.0  # an untrained detector is sure of nothing
+    for side in (*SIZES, None):
+        example = zoo.example_for(model, side)
+        size = max(leaf.shape[-1] for leaf in leaves_of(example))
+        if rescaling is not None and hasattr(rescaling, "min_size") and getattr(rescaling, "fixed_size", None) is None:
+            rescaling.min_size, rescaling.max_size = (size,), size  # detection would rescale to 800 pixels
+        try:
+            with undisturbed(model), torch.no_grad():
+                call_model(model, example)
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            continue
+        return example, f"{size} px"
+    raise SiteError("the model takes no image size that it says it takes")
+
+
+def _why_absent(error: NadhooksError) -> str:
+    text = str(error)
+    head, _, reasons = text.partition("\n")
+    return "none in this network" if "chose nothing" in head and not reasons else " ".join(text.split())[:300]
+
+
+def _few(names: Sequence[str], number: int = 3) -> str:
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
