@@ -184,13 +184,20 @@ def _sites(options: argparse.Namespace) -> None:
         model = _model(options)
         gates = attach(model, _chosen(options), axis=options.axis)
     with gates:
-        table = _table("site", "class", "unit axis >", "units >", "fed by")
+        table = _table("site", "class", "unit axis >", "units >", "parameters >", "fed by")
+        total = sum(parameter.numel() for parameter in model.parameters())
         modules = dict(model.named_modules())
         for site in gates.sites:
             fed = _few(gates.wiring.predecessors(site.name))
-            table.add_row(site.name, type(modules[site.module]).__name__, str(site.axis), f"{site.units:,}", fed)
+            kind = type(modules[site.module]).__name__
+            share = f"{gates.parameters_behind.get(site.name, 0) / max(total, 1):.1%}"
+            table.add_row(site.name, kind, str(site.axis), f"{site.units:,}", share, fed)
         out.print(table)
-        out.print(f"{len(gates.sites)} sites, {sum(site.units for site in gates.sites):,} units")
+        units = sum(site.units for site in gates.sites)
+        behind = sum(gates.parameters_behind.values())
+        out.print(
+            f"{len(gates.sites)} sites, {units:,} units, {behind / max(total, 1):.0%} of {total:,} parameters behind"
+        )
         if gates.skipped:
             out.print(f"\nleft out, {len(gates.skipped)}:")
             for why in dict.fromkeys(gates.skipped.values()):

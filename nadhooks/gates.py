@@ -20,7 +20,7 @@ from .hooking import Handle, on_site
 from .masks import Masks, check_same_sites
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
-from .tracing import Trace, call_model, trace, undisturbed
+from .tracing import Trace, call_model, parameters_behind, trace, undisturbed
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 Closed = Literal["zero", "mean"]
@@ -153,7 +153,8 @@ class Gates:
 
     sites: the sites in the order in which they fire. tasks: names, in the order of the rows. wiring: who feeds whom.
     logits: {site: (tasks, units) parameter}; a gate is its logit clipped to [0, 1], so that 1 is open, exactly, and
-        gates learn from there. skipped: {module: why it has no gate}.
+        gates learn from there. skipped: {module: why it has no gate}. parameters_behind: {site: how many of the model's
+        parameters run between it and the site that fires before}.
 
     A context manager that detaches; detaching twice is fine. Outside `with gates(...)` every gate is open.
     """
@@ -178,6 +179,7 @@ class Gates:
         self.sites = self._without_dead_ends(found) if self.chosen_by != GIVEN else found
         self.closed: Closed = closed
         self.means: dict[str, Tensor] = {}
+        self.parameters_behind = _parameters_behind(seen, self.sites)
         self._model_name = f"{type(model).__module__}.{type(model).__qualname__}"
         self._by_name = {site.name: site for site in self.sites}
         self._tensors = {site.name: _dtype_and_device(seen, site) for site in self.sites}
@@ -464,6 +466,13 @@ def _dtype_and_device(seen: Trace, site: Site) -> tuple[torch.dtype, torch.devic
     return (leaf.dtype if leaf.dtype == torch.float64 else torch.float32), leaf.device
 
 
+def _parameters_behind(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
+    first = {site.module: site for site in reversed(list(sites))}  # of several leaves of a module, the first has them
+    ordered = [first[module] for module in dict.fromkeys(site.module for site in sites)]
+    counts = parameters_behind(seen, [(site.module, site.side == "output") for site in ordered])
+    return {site.name: count for site, count in zip(ordered, counts, strict=True)}
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -471,6 +480,11 @@ def _check_model(model: nn.Module) -> None:
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{where} is a ScriptModule, which refuses hooks; attach to the original module")
+        if "quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+            raise ModelError(
+                f"{where} is quantised ({type(module).__name__}): it computes with whole numbers and has no gradients; "
+                "attach to the floating-point model, and quantise that after"
+            )
         # torch.compile(model), or model.compile()
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ModelError(f"{where} is compiled, and hooks attached now would be ignored; attach, then compile")

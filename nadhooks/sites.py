@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import SiteError
 from .structure import attention_heads, block_names, hidden_activations
-from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, samples_on_axis_0
+from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, own_weights, samples_on_axis_0
 
 Side = Literal["input", "output"]
 
@@ -89,14 +89,21 @@ def blocks() -> Selector:
 
 
 def channels() -> Selector:
-    """The outputs of every convolution and linear layer that fires."""
+    """The outputs of every convolution and linear layer, called or used functionally.
+
+    Reported as left out: layers that never run, and modules that use weights of their own (an LSTM, say).
+    """
 
     def select(trace: Trace) -> Selection:
         fired = [call.name for call in trace.fired() if has_weights(call.module)]
         unused = dict.fromkeys(
             never_fired(trace),
-            "never fired: its weight is used inside another function, in training only, or not at all",
+            "never fired: used in training only, in another way than as a layer, or not at all",
         )
+        for name, parameters in own_weights(trace).items():
+            unused[name or "(the model)"] = (
+                f"not a layer, but computes with weights of its own: {', '.join(parameters)}"
+            )
         return Selection([Pick(name) for name in fired], unused)
 
     return Selector("channels()", select)

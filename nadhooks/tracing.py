@@ -5,6 +5,7 @@ Decided from what happens, never from a model's name. The one table here maps la
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ class Trace:
     model: nn.Module
     calls: list[Call]
     twice: Trace | None = None  # the same with every sample twice, where the example allows that
+    samples: int = 1  # in the example
 
     def __post_init__(self) -> None:
         self.first: dict[str, int] = {}
@@ -173,7 +175,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """
     once = _run(model, example)
     try:
-        once.twice = _run(model, doubled(example))
+        once.twice, once.samples = _run(model, doubled(example)), _samples(example)
     except (ModelError, RuntimeError):  # a model for one batch size, or an example that is not made of batches
         once.twice = None
     return once
@@ -184,6 +186,12 @@ def doubled(example: Any) -> Any:
     if isinstance(example, (tuple, list)):
         return tuple(each * 2 if isinstance(each, list) else doubled(each) for each in example)
     return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), example)
+
+
+def _samples(example: Any) -> int:
+    if isinstance(example, (tuple, list)) and example and isinstance(example[0], list):
+        return len(example[0])
+    return next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def samples_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> Literal["together", "views", "none"]:
@@ -201,11 +209,12 @@ def samples_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> Literal["together
         return "none"
     if leaf.rows is None or other.rows is None:
         return "together"
-    # with each sample twice in a row, positions of one view repeat one by one; else they repeat as a whole
-    together, views = (
-        (other.rows - rows).abs().sum() for rows in (leaf.rows.repeat(2), leaf.rows.repeat_interleave(2))
-    )
-    return "views" if views < 1e-3 * together else "together"
+    if len(leaf.rows) % trace.samples or len(leaf.rows) == trace.samples:
+        return "together"
+    as_a_whole = leaf.rows.repeat(2)
+    view_by_view = leaf.rows.reshape(-1, trace.samples).repeat(1, 2).flatten()
+    differences = [(other.rows - rows).abs().sum() for rows in (as_a_whole, view_by_view)]
+    return "views" if differences[1] < 1e-3 * differences[0] else "together"
 
 
 def _run(model: nn.Module, example: Any) -> Trace:
@@ -271,17 +280,41 @@ def _run(model: nn.Module, example: Any) -> Trace:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every training flag and the random state as found afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Eval mode inside; every training flag, the random state, and what modules keep in attributes as found afterwards.
+
+    Attention layers may cache biases in eval mode and clear them on `train()`, which is not called here.
+    """
+    found = [(module, module.training, _attributes(module)) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
-            for module, _ in flags:
+            for module, _, _ in found:
                 module.training = False
             yield
     finally:
-        for module, training in flags:
+        for module, training, attributes in found:
             module.training = training
+            for name in set(_attributes(module)) - set(attributes):
+                del vars(module)[name]
+            for name, (value, contents) in attributes.items():
+                if type(value) is list:
+                    value[:] = contents
+                elif type(value) is dict:
+                    value.clear()
+                    value.update(contents)
+                vars(module)[name] = value
+
+
+OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's own attributes: {name: (value, a copy of it if it is a list or a dict)}."""
+    return {
+        name: (value, copy.copy(value) if type(value) in (list, dict) else None)
+        for name, value in vars(module).items()
+        if name not in OF_EVERY_MODULE
+    }
 
 
 def has_weights(module: nn.Module) -> bool:
@@ -296,3 +329,36 @@ def never_fired(trace: Trace) -> Sequence[str]:
         for name, module in trace.model.named_modules()
         if name not in trace.first and any(True for _ in module.parameters(recurse=False))
     ]
+
+
+def own_weights(trace: Trace) -> dict[str, list[str]]:
+    """{module: names of its own parameters} for modules that fire and are no layers: an LSTM, a table of positions.
+
+    Parameters of fewer than two axes longer than 1 (biases, scales, class tokens) do not count.
+    """
+    found: dict[str, list[str]] = {}
+    for call in trace.fired():
+        if layer_axis(call.module, 4) is None:
+            own = call.module.named_parameters(recurse=False)
+            names = [name for name, parameter in own if sum(length > 1 for length in parameter.shape) > 1]
+            found |= {call.name: names} if names else {}
+    return found
+
+
+def parameters_behind(trace: Trace, ends: Sequence[tuple[str, bool]]) -> list[int]:
+    """How many parameters ran before each of these (module, whether its own count too) and after the one before it.
+
+    Parameters count where they run first, and shared ones once.
+    """
+    places = {trace.calls[trace.first[name]].done: index for index, (name, _) in enumerate(ends)}
+    counts, seen, waiting = [0] * len(ends), set(), 0
+    for call in trace.fired():
+        own = {id(parameter): parameter.numel() for parameter in call.module.parameters(recurse=False)}
+        new = sum(size for key, size in own.items() if key not in seen)
+        seen |= set(own)
+        if call.done in places:
+            index = places[call.done]
+            before, new = (waiting + new, 0) if ends[index][1] else (waiting, new)
+            counts[index], waiting = before, 0
+        waiting += new
+    return counts

@@ -26,16 +26,9 @@ from .sites import Site
 from .tracing import call_model, undisturbed
 
 INPUT, OUTPUT = "input", "output"
-SLICES = (
-    "Slice",
-    "Select",
-    "Split",
-    "Unbind",
-    "Index",
-    "Narrow",
-    "Gather",
-    "Strided",
-)  # parts of autograd nodes' names
+# In the names of autograd nodes. What a detector keeps of one image is no evidence of how it is wired.
+SLICES = ("SliceBackward", "SelectBackward", "Split", "Unbind", "Narrow")
+CHOICES = ("IndexBackward", "IndexSelect", "Topk", "Gather", "Sort", "MaskedSelect")
 FLAT = 1e-3  # parameters that are nowhere larger hide the flow: zero-initialised branches, layer scales
 
 Edges = dict[tuple[str, str], str]  # (source, target) -> how it was found
@@ -146,8 +139,8 @@ def _by_autograd(model: nn.Module, sites: Sequence[Site], example: Any) -> tuple
 
 
 def _leaves_behind(start: Any, entries: dict[int, tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], bool]:
-    """The leaves that a node was computed from, and whether slices lie on the way."""
-    found, sliced, seen, stack = [], False, {start}, [start]
+    """The leaves that a node was computed from, and whether slices lie on the way, and nothing chosen by its value."""
+    found, kinds, seen, stack = [], set(), {start}, [start]
     while stack:
         node = stack.pop()
         if node is None:
@@ -155,11 +148,12 @@ def _leaves_behind(start: Any, entries: dict[int, tuple[str, Tensor]]) -> tuple[
         entry = entries.get(id(getattr(node, "variable", None)))
         if entry is not None:
             found.append(entry)
-        sliced = sliced or any(part in type(node).__name__ for part in SLICES)
+        kinds.add(type(node).__name__)
         following = [other for other, _ in node.next_functions if other not in seen]
         seen.update(following)
         stack += following
-    return found, sliced
+    sliced, chosen = (any(part in kind for kind in kinds for part in parts) for parts in (SLICES, CHOICES))
+    return found, sliced and not chosen
 
 
 def _with_gradient(tensor: Tensor, leaves: Sequence[tuple[str, Tensor]]) -> set[str]:

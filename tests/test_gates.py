@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 import nadhooks
 from nadhooks.errors import ModelError, SiteError, TaskError
 from nadhooks.gates import gate
 
-from .nets import Line, Mlp, Pair, images, seeded, vectors
+from .nets import Line, Mlp, Pair, Split, images, seeded, vectors
 
 SITES = ["conv1", "act2"]
 
@@ -38,6 +39,27 @@ def test_gate_takes_blocks_and_windows() -> None:
     assert out[:2].sum() == 2 * 2 * 3
     assert torch.equal(out[2, 0], torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]))
     assert torch.equal(out[2], out[3])
+
+
+def test_views_of_one_batch_get_their_samples_gates() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.fc(torch.cat([x, x.flip(1)])).chunk(2)
+            return self.head(one * other)
+
+    model = seeded(Views)
+    with nadhooks.attach(model, "fc", tasks=2, example=vectors()) as gates:
+        assert gates.sites[0].views
+        with torch.no_grad():
+            gates.logits["fc"][1] = 0
+        with gates(torch.tensor([0, 1, 0, 0, 1, 0])):
+            gated = model(vectors())
+        assert torch.equal(gated[[0, 2, 3, 5]], model(vectors())[[0, 2, 3, 5]])
+        assert torch.equal(gated[[1, 4]], model.head.bias.expand(2, 3))
 
 
 def test_gate_keeps_the_dtype_of_what_it_gates() -> None:
@@ -356,6 +378,20 @@ def test_models_that_cannot_be_hooked_are_refused() -> None:
 # --- what a careful reader tried -------------------------------------------------------------------------------------
 
 
+def test_quantised_models_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(nadhooks.NadhooksError, match="quantised"):
+        nadhooks.attach(quantised, "0", example=torch.ones(2, 4))
+
+
+def test_parameters_behind_a_site_are_those_since_the_one_before() -> None:
+    with nadhooks.attach(seeded(Split), ["stem", "join"], example=vectors()) as gates:
+        assert gates.parameters_behind == {"stem": 4 * 6 + 6, "join": 2 * (6 * 6 + 6) + 6 * 3 + 3}
+
+
 def test_fewer_labels_than_samples_are_refused_even_where_they_divide() -> None:
     model, x = seeded(Mlp), vectors(6)
     with (
@@ -446,3 +482,26 @@ def test_models_compiled_in_place_are_refused() -> None:
     model.compile()
     with pytest.raises(ModelError, match="attach, then compile"):
         nadhooks.attach(model, "act", example=vectors().float())
+
+
+def test_what_modules_cache_in_eval_mode_is_gone_after_attach() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.bias = nn.Parameter(torch.zeros(3))
+            self.cache: dict[str, Tensor] = {}
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            self.last = x
+            if self.training:
+                return self.fc(x) + self.bias
+            if "bias" not in self.cache:
+                self.cache["bias"] = 2 * self.bias
+            return self.fc(x) + self.cache["bias"]
+
+    model = Caching()
+    with nadhooks.attach(model, "fc", example=torch.ones(2, 4)):
+        assert (model.cache, model.passes, hasattr(model, "last")) == ({}, 0, False)

@@ -80,3 +80,125 @@ def test_gradients_and_weights_are_untouched() -> None:
     model = seeded(Line)
     edges(model, "conv1", images())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Sliced(nn.Module):
+    """Concatenates what two layers put out, and takes the first one's part again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.a(x), self.b(x)], 1)
+        return self.c(both[:, :4]) + both[:, 4:]
+
+
+class Hard(nn.Module):
+    """Chooses by what `a` puts out, which no gradient passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.where(self.a(x).detach() > 0, x, -x))
+
+
+class Branches(nn.Module):
+    """Puts out three tensors, of which one leads nowhere, and one does not come from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = BranchesInside()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        live, _, constant = self.both(x)
+        return self.head(live + constant)
+
+
+class BranchesInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.dead, self.constant = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.live(x), self.dead(x), self.constant(torch.ones_like(x))
+
+
+def test_slices_of_a_concatenation_are_kept_apart() -> None:
+    expected = {("input", "a"), ("input", "b"), ("a", "c"), ("b", "output"), ("c", "output")}
+    assert edges(seeded(Sliced), ["a", "b", "c"], vectors()) == expected
+
+
+def test_a_branch_that_starts_at_zero_is_not_taken_for_a_slice() -> None:
+    model = seeded(Sliced)
+    with torch.no_grad():
+        model.c.weight.zero_()
+        model.c.bias.zero_()
+    assert ("c", "output") in edges(model, ["a", "b", "c"], vectors())
+    assert not model.c.weight.any()
+
+
+def test_what_no_gradient_passes_is_found_by_perturbation() -> None:
+    with nadhooks.attach(seeded(Hard), ["a", "b"], example=vectors()) as gates:
+        assert gates.wiring["a"]["b"]["found"] == "perturbation"
+        assert gates.wiring["input"]["b"]["found"] == "autograd"
+        assert set(gates.wiring.edges) == {("input", "a"), ("a", "b"), ("input", "b"), ("b", "output")}
+
+
+def test_sites_off_the_way_from_input_to_output_are_left_out_and_reported() -> None:
+    with nadhooks.attach(seeded(Branches), "both", example=vectors()) as gates:
+        assert [site.name for site in gates.sites] == ["both[0]"]
+        assert gates.skipped == {
+            "both[1]": "it leads nowhere: no output depends on it",
+            "both[2]": "nothing of the input reaches it",
+        }
+        assert list(gates.wiring) == ["input", "both[0]", "output"]
+    with pytest.raises(nadhooks.NadhooksError, match="leads nowhere"):
+        nadhooks.attach(seeded(Branches), "both.dead", example=vectors())
+
+
+def test_the_second_opinion_agrees_adds_and_refutes() -> None:
+    with nadhooks.attach(seeded(Split), ["stem", "left", "right", "join"], example=vectors()) as gates:
+        before = set(gates.wiring.edges)
+        assert set(gates.rewire(vectors()).edges) == before
+        wrong = nx.DiGraph(gates.wiring)
+        wrong.remove_edge("stem", "left")
+        wrong.add_edge("left", "right", found="autograd")
+        gates.wiring = wrong
+        assert set(gates.rewire(vectors()).edges) == before
+        assert gates.wiring["stem"]["left"]["found"] == "perturbation"
+
+
+def test_the_second_opinion_sees_through_closed_gates_and_leaves_the_model_alone() -> None:
+    model = seeded(Split)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with nadhooks.attach(model, ["stem", "left"], example=vectors()) as gates:
+        with gates.close("left", range(6)):
+            assert ("left", "output") in gates.rewire(vectors()).edges
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_detector_that_finds_nothing_keeps_its_sites() -> None:
+    class Finds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x))
+            return y if y.amax() > 1e9 else x.new_zeros(0, 4)
+
+    with nadhooks.attach(seeded(Finds), ["a", "b"], example=vectors()) as gates:
+        assert gates.wiring["b"]["output"]["found"] == "assumed"
+
+
+def test_wiring_on_the_meta_device_needs_no_values() -> None:
+    with torch.device("meta"):
+        model = Split()
+    with nadhooks.attach(model, ["stem", "left"], example=torch.empty(2, 4, device="meta")) as gates:
+        assert set(gates.wiring.edges) == {("input", "stem"), ("stem", "left"), ("stem", "output"), ("left", "output")}
+        with pytest.raises(nadhooks.NadhooksError, match="meta device"):
+            gates.rewire(torch.empty(2, 4, device="meta"))

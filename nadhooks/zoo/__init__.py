@@ -283,7 +283,8 @@ def _input_size(model: nn.Module) -> tuple[int, int, int] | None:
     if size is None:
         return None
     first = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)
-    return (first.in_channels if first is not None else 3, *size)
+    # a first convolution of more channels works on what became of the image: patches put into channels, a transform
+    return (first.in_channels if first is not None and first.in_channels <= 4 else 3, *size)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

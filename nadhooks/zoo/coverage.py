@@ -114,8 +114,8 @@ def page(rows: Sequence[Row]) -> str:
         f"**{len(attached):,} of {len(files):,} models attached**; {len(real):,} ran for real with all checks, "
         f"{len(models) - len(real):,} on the meta device (attached, and the wiring sound).",
         "",
-        f"Making a model, attaching to its blocks and wiring them took {seconds[len(seconds) // 2]:.1f} s on the median",
-        f"model and {seconds[-1]:.1f} s on the slowest, on one thread of a shared machine.",
+        f"Making a model, attaching to its blocks and wiring them took {seconds[len(seconds) // 2]:.1f} s on the",
+        f"median model and {seconds[-1]:.1f} s on the slowest, on one thread of a shared machine.",
         "",
         "| granularity | attached | none in the network | failed | sites | units |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -1,0 +1,157 @@
+"""Layers that are never called: their weights go to functions, and gates reach them all the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nadhooks
+from nadhooks import sites
+from tests.nets import seeded, vectors
+
+
+class Borrowed(nn.Module):
+    """Calls no layer: (batch, 4) -> (batch, 3) by the weights of `fc1` and `fc2`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.fc1.weight, self.fc1.bias).relu()
+        return F.linear(input=hidden, weight=self.fc2.weight, bias=self.fc2.bias)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Borrowed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Attention(nn.Module):
+    """(batch, 5, 8) -> (batch, 5, 8) through `nn.MultiheadAttention` of four heads."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=batch_first)
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return y if self.batch_first else y.transpose(0, 1)
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_functional_layers_are_sites_with_wiring() -> None:
+    with nadhooks.attach(seeded(Inner), sites.channels(), example=vectors()) as gates:
+        assert [(site.name, site.units, site.within) for site in gates.sites] == [
+            ("part.fc1", 6, "part"),
+            ("part.fc2", 3, "part"),
+        ]
+        assert set(gates.wiring.edges) == {("input", "part.fc1"), ("part.fc1", "part.fc2"), ("part.fc2", "output")}
+        assert not gates.skipped
+
+
+def test_a_closed_functional_unit_puts_out_zero() -> None:
+    model = seeded(Inner)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.part.fc1.weight[2], expected.part.fc1.bias[2] = 0, 0
+    with nadhooks.attach(model, sites.channels(), example=vectors()) as gates, gates.close("part.fc1", 2):
+        assert torch.equal(model(vectors()), expected(vectors()))
+
+
+def test_several_functional_sites_of_one_caller_act_together_and_are_removed() -> None:
+    model = seeded(Inner)
+    bare = model(vectors())
+    gates = nadhooks.attach(model, sites.channels(), tasks=2, example=vectors())
+    with torch.no_grad():
+        gates.logits["part.fc1"][1] = 0
+        gates.logits["part.fc2"][1, 0] = 0
+    with gates(torch.tensor([0, 1, 0, 1, 0, 1])):
+        gated = model(vectors())
+    assert torch.equal(gated[::2], bare[::2])
+    assert torch.equal(gated[1::2, 1:], model.part.fc2.bias[1:].expand(3, 2))
+    assert not gated[1::2, 0].any()
+    gates.detach()
+    assert not model.part._forward_hooks
+    assert not model.part._forward_pre_hooks
+    assert torch.equal(model(vectors()), bare)
+
+
+def test_a_failing_forward_leaves_functions_as_they_were() -> None:
+    model = seeded(Inner)
+    with nadhooks.attach(model, sites.channels(), example=vectors()) as gates:
+        with gates(0), pytest.raises(RuntimeError):
+            model(torch.ones(2, 9, dtype=torch.float64))
+        assert torch.overrides._get_current_function_mode() is None
+
+
+def test_gated_functional_layers_copy_and_pickle() -> None:
+    model = seeded(Inner)
+    nadhooks.attach(model, sites.channels(), example=vectors())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(vectors()), model(vectors()))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_of_multihead_attention_close(batch_first: bool) -> None:
+    model = Attention(batch_first).double().eval()
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.attention.out_proj.weight[:, 2:4] = 0  # what head 1 feeds
+    with nadhooks.attach(model, sites.heads(), example=tokens()) as gates:
+        (site,) = gates.sites
+        assert (site.name, site.units, site.block) == ("attention.out_proj@input", 4, 2)
+        with gates.close(site.name, 1):
+            assert torch.allclose(model(tokens()), expected(tokens()), atol=1e-12)
+
+
+def test_each_sample_has_its_own_heads() -> None:
+    model = Attention().double().eval()
+    with nadhooks.attach(model, sites.heads(), tasks=2, example=tokens()) as gates:
+        with torch.no_grad():
+            gates.logits["attention.out_proj@input"][1] = 0
+        with gates(torch.tensor([0, 1])):
+            gated = model(tokens())
+        assert torch.allclose(gated[0], model(tokens())[0], atol=1e-12)
+        assert torch.allclose(gated[1], model.attention.out_proj.bias.expand(5, 8))
+
+
+def test_open_heads_equal_the_ordinary_path_bit_for_bit_and_outside_the_fused_one_stays() -> None:
+    model = Attention().double().eval()
+    with torch.no_grad():
+        fused = model(tokens())
+        with nadhooks.attach(model, sites.heads(), example=tokens()) as gates:
+            assert torch.equal(model(tokens()), fused)
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                ordinary = model(tokens())
+                with gates(0):
+                    assert torch.equal(model(tokens()), ordinary)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_masks_of_functional_sites_are_those_of_ordinary_ones() -> None:
+    class Called(Borrowed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.fc1(x).relu())
+
+    with nadhooks.attach(seeded(Borrowed), sites.channels(), example=vectors()) as gates:
+        masks = gates.masks()
+    with nadhooks.attach(seeded(Called), masks.sites, example=vectors()) as gates:
+        gates.load(masks)  # another release of a model may call what it used functionally before
+        assert gates.sites[0].within is None
