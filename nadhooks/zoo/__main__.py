@@ -77,8 +77,8 @@ def _check(options: argparse.Namespace) -> int:
     for spec in waiting:
         light = lightest.get(files[spec]) == spec and 4 * weights.get(spec, 0) <= REAL_BYTES
         jobs[spec] = (0 < weights.get(spec, 0) <= REAL_PARAMETERS or light, lightest.get(files[spec]) == spec)
-    # one model of every file first: what is wrong shows early
-    order = sorted(jobs, key=lambda spec: not jobs[spec][1])
+    # one model of every file first, where what is wrong shows early, then the meta device, then small before large
+    order = sorted(jobs, key=lambda spec: (not jobs[spec][1], jobs[spec][0], weights.get(spec, 0)))
     failed = 0
     for _, findings in each(
         order, lambda spec: examine(spec, *jobs[spec], weights.get(spec, 0)), options.workers, "checking"
