@@ -480,7 +480,8 @@ def _check_model(model: nn.Module) -> None:
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{where} is a ScriptModule, which refuses hooks; attach to the original module")
-        if "quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+        quantised = "quantized" in type(module).__module__ and type(module).__module__.startswith("torch.")
+        if quantised and type(module).__name__ != "FloatFunctional":  # which a model ready to be quantised has
             raise ModelError(
                 f"{where} is quantised ({type(module).__name__}): it computes with whole numbers and has no gradients; "
                 "attach to the floating-point model, and quantise that after"
