@@ -85,7 +85,17 @@ def test_wide_sites_share_squares() -> None:
     )
     text = to_dot(nadhooks.flow_graph(wide, 0))
     assert "4 units a square" in text
-    assert text.count("BGCOLOR") <= 256 + 2
+    assert "some of a square's units kept" in text
+    assert text.count("BGCOLOR") <= 256 + 3
+    assert "some of a square" not in to_dot(nadhooks.flow_graph(THREE, 0))
+
+
+def test_the_font_is_one_whose_letters_graphviz_can_measure() -> None:
+    """It would take another font's widths, and long names would leave their nodes."""
+    program = formats._graphviz_pure()
+    assert program is not None
+    drawn = subprocess.run([program, "-Tsvg"], input=to_dot(nadhooks.flow_graph(THREE)).encode(), capture_output=True)
+    assert (drawn.returncode, drawn.stderr) == (0, b"")
 
 
 def test_names_that_graphviz_would_read_as_markup_are_drawn(tmp_path: Path) -> None:

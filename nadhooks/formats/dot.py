@@ -16,7 +16,7 @@ DROPPED = "#e6e6e6"
 KEPT = "#0072b2"  # Okabe and Ito's blue, safe for colour-blind eyes
 EDGE = "#7f7f7f"
 GREY = "#555555"
-FONT = "Helvetica,Arial,sans-serif"
+FONT = "Arial"  # one name: of a list of names Graphviz would not know how wide the letters are
 
 
 def to_dot(graph: nx.DiGraph) -> str:
@@ -26,7 +26,8 @@ def to_dot(graph: nx.DiGraph) -> str:
     cells = max(COLUMNS, min(CELLS, TOTAL_CELLS // sites))
     dot = graphviz.Digraph(
         graph_attr={"rankdir": "LR", "nodesep": "0.25", "ranksep": "0.35", "fontname": FONT, "fontsize": "13",
-                    "labelloc": "t", "labeljust": "l", "bgcolor": "white", "pad": "0.2", "label": f"<{_title(graph)}>"},
+                    "labelloc": "t", "labeljust": "l", "bgcolor": "white", "pad": "0.2",
+                    "label": f"<{_title(graph, cells)}>"},
         node_attr={"shape": "plain", "fontname": FONT, "fontsize": "10"},
         edge_attr={"color": EDGE, "arrowsize": "0.6"},
     )  # fmt: skip
@@ -40,7 +41,7 @@ def to_dot(graph: nx.DiGraph) -> str:
     return dot.source
 
 
-def _title(graph: nx.DiGraph) -> str:
+def _title(graph: nx.DiGraph, cells: int) -> str:
     tasks = graph.graph.get("tasks", [])
     model = str(graph.graph.get("model", "")).partition(",")[0]
     model = model.rpartition("/")[2] if ":" in model else model.rpartition(".")[2]  # timm:NAME, file.py:NAME or a class
@@ -49,12 +50,14 @@ def _title(graph: nx.DiGraph) -> str:
     if len(tasks) == 1:
         line = f"task {tasks[0]}: {kept:,} of {units:,} units kept ({kept / max(1, units):.0%})"
         legend = [_key(KEPT), _text("kept"), _key(DROPPED), _text("dropped")]
+        if any(data["units"] > cells for _, data in graph.nodes(data=True)):
+            legend += [_key(_shade(0.5)), _text("some of a square's units kept")]
     else:
         line = f"{len(tasks)} tasks over each other: {kept:,} of {units:,} units kept by at least one"
         shades = [_key(_shade(step / 5)) for step in range(1, 6)]
         legend = [_key(DROPPED), _text("kept by no task"), _text("by one"), *shades, _text("by all")]
     head = f'<TD ALIGN="LEFT">{_escaped(f"{model}, {line}" if model else line)}</TD>'
-    width = sum(width + 2 for width, _ in legend)
+    width = 2 + sum(width + 2 for width, _ in legend)
     # sizes are fixed: Graphviz would stretch the legend to the width of the title
     key = (
         f'<TABLE ALIGN="LEFT" BORDER="0" CELLSPACING="2" CELLPADDING="0" FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="18">'
@@ -73,7 +76,9 @@ def _site(name: str, data: dict[str, Any], cells: int) -> str:
     rows = "".join(
         f"<TR>{''.join(map(_square, shades[start : start + COLUMNS]))}</TR>" for start in range(0, len(shades), COLUMNS)
     )
-    grid = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">{rows}</TABLE>'
+    size = f'WIDTH="{SQUARE * min(COLUMNS, len(shades))}" HEIGHT="{SQUARE * math.ceil(len(shades) / COLUMNS)}"'
+    # the size is fixed: Graphviz would spread the squares to the width of a long name
+    grid = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0" FIXEDSIZE="TRUE" {size}>{rows}</TABLE>'
     title = "<BR/>".join(_escaped(part) for part in _wrapped(name))
     shared = f"<BR/>{each} units a square" if each > 1 else ""
     return (
