@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import safetensors.torch
 import torch
@@ -78,15 +81,18 @@ def write_results(folder: Path, masks: Masks) -> list[Path]:
     masks.save(folder / "masks.safetensors")
     written = [folder / "masks.safetensors"]
     for name in masks.tasks:
-        written.append(folder / f"flow-{name}.svg")
+        written.append(folder / f"flow-{quote(name, safe='')}.svg")  # names of classes may hold a slash
         render(flow_graph(masks, name), written[-1])
     written.append(folder / "flow-all.svg")
     render(flow_graph(masks), written[-1])
     similarity = masks.jaccard()
-    lines = [["task", *masks.tasks]]
-    lines += [[name, *(f"{v:.4f}" for v in row)] for name, row in zip(masks.tasks, similarity.tolist(), strict=True)]
+    table = io.StringIO()
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(["task", *masks.tasks])
+    for name, row in zip(masks.tasks, similarity.tolist(), strict=True):
+        lines.writerow([name, *(f"{value:.4f}" for value in row)])
     written.append(folder / "similarity.csv")
-    write_bytes(written[-1], "".join(",".join(line) + "\n" for line in lines).encode())
+    write_bytes(written[-1], table.getvalue().encode())
     written.append(folder / "similarity.svg")
     write_bytes(written[-1], similarity_picture(similarity, masks.tasks))
     return written
@@ -98,14 +104,15 @@ def similarity_picture(similarity: Tensor, names: Sequence[str]) -> bytes:
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "nadhooks", "svg.fonttype": "none"}):  # the same matrix gives the same bytes
-        figure = Figure(figsize=(1.6 + 0.45 * len(names), 1.2 + 0.45 * len(names)), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(0.45 * len(names), 0.45 * len(names)))
+        axes = figure.add_axes((0, 0, 1, 1))  # names and title lie outside, and the picture grows to hold them
         others = similarity[~torch.eye(len(names), dtype=torch.bool)] if len(names) > 1 else similarity
         low, high = float(others.min()) - 0.02, float(others.max()) + 0.02
         axes.imshow(similarity.numpy(), cmap="Blues", vmin=low, vmax=high)
-        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 4 else 45)
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(names)), names, **(slanted if max(map(len, names)) > 3 else {}))
         axes.set_yticks(range(len(names)), names)
-        axes.set_title("Jaccard similarity of the units kept, mean over sites", fontsize=9)
+        axes.set_title("Jaccard similarity of the\nunits kept, mean over sites", fontsize=9)
         for i, row in enumerate(similarity.tolist()):
             for j, value in enumerate(row):
                 dark = value > 0.4 * low + 0.6 * high
@@ -113,5 +120,5 @@ def similarity_picture(similarity: Tensor, names: Sequence[str]) -> bytes:
                     j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
                 )
         data = io.BytesIO()
-        figure.savefig(data, format="svg", metadata={"Date": None})
+        figure.savefig(data, format="svg", bbox_inches="tight", metadata={"Date": None})
         return data.getvalue()

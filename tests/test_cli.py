@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nadhooks
 from nadhooks import cli, demo
+from nadhooks.masks import Masks
+from nadhooks.tasks import Tasks
+
+from .test_masks import THREE
 
 MODEL = "timm:resnet18,in_chans=1,num_classes=10,channels=(8,8,8,8)"
 LEARN = ["learn", MODEL, "--image-size", "32", "--data", "digits", "--device", "cpu"]
@@ -169,3 +176,23 @@ def test_the_demo_leaves_masks_pictures_and_a_matrix(
     assert run("demo", "--device", "cpu") == 0  # the trained network is kept: the same masks, the same pictures
     assert nadhooks.load("demo/masks.safetensors") == masks
     assert [Path(f"demo/flow-{d}.svg").read_bytes() for d in range(10)] == pictures
+
+
+def test_results_of_classes_with_odd_names_are_files_and_columns_of_their_own(tmp_path: Path) -> None:
+    odd = Tasks.of({0: "boot/shoe", 1: "shark, white", 2: "boot-shoe"})
+    written = demo.write_results(tmp_path, Masks(THREE.sites, THREE.values, odd, THREE.wiring))
+    assert sorted(os.listdir(tmp_path)) == sorted({path.name for path in written})
+    assert {"flow-boot%2Fshoe.svg", "flow-shark%2C%20white.svg", "flow-boot-shoe.svg"} <= set(os.listdir(tmp_path))
+    rows = list(csv.reader((tmp_path / "similarity.csv").read_text().splitlines()))
+    assert [row[0] for row in rows[1:]] == rows[0][1:] == list(odd.names)
+    assert {len(row) for row in rows} == {4}
+
+
+def test_the_similarity_picture_grows_with_the_names_in_it() -> None:
+    def width(*names: str) -> float:
+        found = re.search(rb'<svg [^>]*width="([\d.]+)pt"', demo.similarity_picture(torch.eye(len(names)), names))
+        assert found
+        return float(found[1])
+
+    assert width("a", "b") > 100  # points, the title
+    assert width("great white shark, man-eater", "b") > width("great white", "b") + 50
