@@ -209,6 +209,9 @@ def _learn(options: argparse.Namespace) -> None:
     _check_writable(options.out)
     with err.status("making the model"):
         model = _model(options)
+    if options.image_size is not None and zoo.own_transform(options.model):
+        source = options.model.partition(":")[0]
+        raise ModelError(f"the size of the images follows from `transform` in {source}; leave out --image-size")
     transform = zoo.transform_for(model, options.model)
     classes = zoo.class_index_of(model)
     train = load_images(options.data, "train", transform, classes)

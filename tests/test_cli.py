@@ -94,6 +94,8 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
     assert "on the command line, --image-size" in capsys.readouterr().err
     assert run("sites", "net.py:build", "--image-size", "8") == 0
     assert "AdaptiveAvgPool2d" not in capsys.readouterr().out
+    assert run("learn", "net.py:build", "--data", "digits", "--image-size", "8") == 1
+    assert "follows from `transform` in net.py; leave out --image-size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

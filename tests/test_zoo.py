@@ -103,6 +103,28 @@ def test_the_example_is_what_the_model_says_of_its_input(spec: str, shape: tuple
     assert torch.equal(random, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize(
+    ("spec", "cure"),
+    [
+        ("timm:vit_tiny_patch16_224", "timm:NAME,img_size=96"),
+        ("torchvision:vit_b_16", "torchvision:NAME,image_size=96"),
+    ],
+)
+def test_models_of_one_size_refuse_another(spec: str, cure: str) -> None:
+    model = zoo.load_model(spec)
+    with pytest.raises(ModelError, match=f"expected images of 224 x 224, .* got 96; make it for that size: {cure}"):
+        zoo.set_image_size(model, 96)
+    zoo.set_image_size(model, 224)
+    assert zoo.example_for(model).shape == (1, 3, 224, 224)
+
+
+def test_models_of_any_size_take_the_one_that_is_set() -> None:
+    model = zoo.load_model("timm:vit_tiny_patch16_224,img_size=64,dynamic_img_size=True")
+    assert zoo.example_for(model).shape == (1, 3, 64, 64)
+    zoo.set_image_size(model, 96)
+    assert zoo.transform_for(model)(Image.new("L", (9, 9))).shape == zoo.example_for(model)[0].shape == (3, 96, 96)
+
+
 def test_transforms_are_the_models_own() -> None:
     image = Image.new("RGB", (300, 200), (255, 0, 0))
     for spec, mean, std in (

@@ -137,11 +137,23 @@ def versions() -> dict[str, str]:
 
 
 def set_image_size(model: nn.Module, size: int) -> None:
-    """Has `example_for` and `transform_for` use square images of another size, where the model takes any."""
+    """Has `example_for` and `transform_for` use square images of another size.
+
+    Raises ModelError for models that take one size only, as most vision transformers do.
+    """
     known = _input_size(model)
+    patches = getattr(model, "patch_embed", None)  # timm's transformers; torchvision's say `image_size`
+    one_size = getattr(patches, "strict_img_size", False) or isinstance(getattr(model, "image_size", None), int)
+    if known and one_size and known[1:] != (size, size):
+        option = "timm:NAME,img_size" if patches is not None else "torchvision:NAME,image_size"
+        raise ModelError(
+            f"expected images of {known[1]} x {known[2]}, which this model was made for, got {size}; "
+            f"make it for that size: {option}={size}"
+        )
     config = getattr(model, "pretrained_cfg", None)
-    channels = known[0] if known else 3
-    model.pretrained_cfg = {**(config if isinstance(config, dict) else {}), "input_size": (channels, size, size)}  # type: ignore[assignment]
+    config = dict(config) if isinstance(config, dict) else {}
+    size_now = {"input_size": (known[0] if known else 3, size, size), "fixed_input_size": False}
+    model.pretrained_cfg = config | size_now  # type: ignore[assignment]
 
 
 def transform_for(model: nn.Module, spec: str = "") -> Transform:
@@ -149,13 +161,12 @@ def transform_for(model: nn.Module, spec: str = "") -> Transform:
 
     timm's `resolve_data_config`, torchvision's weights' transforms, or the function `transform` of `file.py:factory`.
     """
-    source = spec.partition(":")[0]
-    if source.endswith(".py"):
-        transform = getattr(_module_from(source), "transform", None)
-        if callable(transform):
-            return transform
+    own = own_transform(spec)
+    if own is not None:
+        return own
     size = _input_size(model)
     if size is None:
+        source = spec.partition(":")[0]
         raise ModelError(
             f"nothing tells how images become inputs of this model; define a function `transform` in {source}"
         )
@@ -176,6 +187,13 @@ def transform_for(model: nn.Module, spec: str = "") -> Transform:
         else transforms.Compose([transforms.Resize(size[1:]), transforms.ToTensor()])
     )
     return transforms.Compose([channels, preset])
+
+
+def own_transform(spec: str) -> Transform | None:
+    """The function `transform` of `file.py:factory`: image -> (channels, height, width). None where there is none."""
+    source = spec.partition(":")[0]
+    transform = getattr(_module_from(source), "transform", None) if source.endswith(".py") else None
+    return transform if callable(transform) else None
 
 
 def _in_colour(image: Any) -> Any:  # a function, not a lambda: loading processes may have to pickle it
@@ -273,7 +291,7 @@ def _input_size(model: nn.Module) -> tuple[int, int, int] | None:
     if isinstance(config, dict) and config.get("input_size"):
         size = tuple(config["input_size"])[1:]
         built_for = getattr(getattr(inner, "patch_embed", None), "img_size", None)  # timm.create_model(img_size=…)
-        size = tuple(built_for) if built_for else size
+        size = tuple(built_for) if built_for and config.get("fixed_input_size", True) else size
     elif _torchvision_family(inner):
         built_for = getattr(inner, "image_size", None)
         weights = _torchvision_weights(inner, "")
