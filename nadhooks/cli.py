@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import torch
@@ -43,6 +45,24 @@ WARNING = (
     "false-positive rate of 1. Compare all four figures with the full network's and with the random mask's."
 )
 CLASSES_SHOWN = 20
+
+
+def _number(kind: type, expected: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: numbers of that kind that fit. NaN fits nothing."""
+
+    def number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return number
+
+
+AT_LEAST_1 = _number(int, "a number of at least 1", lambda number: number >= 1)
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
 err = Console(stderr=True, highlight=False)
@@ -98,13 +118,21 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, default=Path("masks.safetensors"), help="mask file (default: %(default)s)"
     )
     sub.add_argument("--method", choices=list(methods.METHODS), default="contrastive", help="default: %(default)s")
-    sub.add_argument("--keep", type=float, metavar="SHARE", help="share of units to keep (default: 0.55; not for nad)")
+    share = _number(float, "a share above 0 and at most 1", lambda keep: 0 < keep <= 1)
+    sub.add_argument("--keep", type=share, metavar="SHARE", help="share of units to keep (default: 0.55; not for nad)")
     sub.add_argument("--closed", choices=["zero", "mean"], help="what a closed unit puts out (default: the method's)")
-    sub.add_argument("--beta", type=float, default=0.2, help="nad only: weight of the penalty (default: %(default)s)")
-    sub.add_argument("--epochs", type=int, default=21, help="nad only: times through the data (default: %(default)s)")
+    weight = _number(float, "a weight of at least 0", lambda beta: 0 <= beta < math.inf)
+    nad = methods.nad().options
+    sub.add_argument("--beta", type=weight, help=f"nad only: weight of the penalty (default: {nad['beta']})")
+    sub.add_argument(
+        "--epochs", type=AT_LEAST_1, metavar="N", help=f"nad only: times through the data (default: {nad['epochs']})"
+    )
     sub.add_argument("--tasks", nargs="+", type=int, metavar="LABEL", help="only these output indices (default: all)")
-    sub.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)")
-    sub.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
+    sub.add_argument(
+        "--batch-size", type=AT_LEAST_1, default=64, metavar="N", help="images per batch (default: %(default)s)"
+    )
+    workers = _number(int, "a number of at least 0", lambda number: number >= 0)
+    sub.add_argument("--workers", type=workers, default=0, metavar="N", help="processes that load images (default: 0)")
     sub.add_argument("--no-test", action="store_true", help="skip the measurement on held-out images")
 
     sub = command("graph", _graph, "build the information-flow graph of a mask file and show it as a table")
@@ -138,14 +166,15 @@ def _modelling(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--axis", type=int, help="axis of the units, where it cannot be determined")
     sub.add_argument(
-        "--image-size", type=int, metavar="N", help="side of the model's input (default: what the model says)"
+        "--image-size", type=AT_LEAST_1, metavar="N", help="side of the model's input (default: what the model says)"
     )
     _computing(sub)
 
 
 def _computing(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    sub.add_argument("--seed", type=int, default=0, help="for everything random (default: %(default)s)")
+    seed = _number(int, "a number from -2**63 to 2**64 - 1", lambda seed: -(2**63) <= seed < 2**64)  # torch's range
+    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="for everything random (default: %(default)s)")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -207,6 +236,10 @@ def _sites(options: argparse.Namespace) -> None:
 
 def _learn(options: argparse.Namespace) -> None:
     _check_writable(options.out)
+    for_nad = {key: getattr(options, key) for key in ("beta", "epochs") if getattr(options, key) is not None}
+    if for_nad and options.method != "nad":
+        raise NadhooksError(f"--{next(iter(for_nad))} is an option of --method nad, got --method {options.method}")
+    method = methods.nad(**for_nad) if options.method == "nad" else options.method
     with err.status("making the model"):
         model = _model(options)
     if options.image_size is not None and zoo.own_transform(options.model):
@@ -223,7 +256,6 @@ def _learn(options: argparse.Namespace) -> None:
     unknown = [label for label in labels if label not in train.names]
     if unknown:
         raise DataError(f"{options.data} has no images of label {unknown[0]}: its labels are {sorted(train.names)}")
-    method = methods.nad(beta=options.beta, epochs=options.epochs) if options.method == "nad" else options.method
     with _bar(f"learning masks for {len(labels)} classes") as update:
         masks = learn(
             model,
@@ -300,7 +332,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the meta device has no numbers
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {name} cannot be used here: {_one_line(error)}") from error
 

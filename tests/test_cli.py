@@ -108,7 +108,9 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         (["learn", MODEL, "--data", "digits", "-o", "no/m.safetensors"], "cannot write no/m.safetensors: no is not"),
         (["learn", MODEL, "--data", "digits", "-o", "."], "cannot write .: it is a directory; name a file"),
         ([*LEARN, "--tasks", "12"], "digits has no images of label 12"),
-        ([*LEARN, "--keep", "3"], "keep: expected a share above 0 and at most 1, got 3.0"),
+        ([*LEARN, "--beta", "0.1"], "--beta is an option of --method nad, got --method contrastive"),
+        ([*LEARN, "--epochs", "3", "--method", "class-only"], "--epochs is an option of --method nad"),
+        (["sites", MODEL, "--device", "meta"], "--device meta cannot be used here"),
         ([*LEARN, "--weights", "nothing.pt"], "no weights file nothing.pt"),
         (["inspect", "nothing"], "nothing: cannot read it: No such file or directory"),
         (["render", "nothing"], "nothing: cannot read it"),
@@ -138,6 +140,30 @@ def test_bad_usage_exits_with_two(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(*arguments)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--batch-size", "0", "a number of at least 1"),
+        ("--image-size", "-5", "a number of at least 1"),
+        ("--epochs", "0", "a number of at least 1"),
+        ("--epochs", "many", "a number of at least 1"),
+        ("--workers", "-1", "a number of at least 0"),
+        ("--keep", "3", "a share above 0 and at most 1"),
+        ("--keep", "nan", "a share above 0 and at most 1"),
+        ("--beta", "-2", "a weight of at least 0"),
+        ("--beta", "nan", "a weight of at least 0"),
+        ("--seed", str(2**64), "a number from -2**63 to 2**64 - 1"),
+    ],
+)
+def test_numbers_out_of_range_are_bad_usage(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*LEARN, option, value)
+    assert ended.value.code == 2
+    assert f"argument {option}: expected {expected}, got '{value}'" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, mask_file: Path) -> None:
