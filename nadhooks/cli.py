@@ -347,7 +347,7 @@ def _chosen(options: argparse.Namespace) -> Sites:
 
 def _flow(options: argparse.Namespace) -> nx.DiGraph:
     masks, task = load(options.masks), options.task
-    named = task is None or task in masks.tasks or not task.isdigit()
+    named = task is None or task in masks.tasks or not task.isdecimal()
     return flow_graph(masks, task if named else int(task))
 
 
@@ -429,7 +429,10 @@ def _few(names: Iterable[str], shown: int = 2) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = str(error)
+    if "\nOriginal Traceback" in text:  # from a process that loads images: what it raised is the last line
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return text or type(error).__name__

@@ -104,32 +104,70 @@ def _folder(root: Path, split: Split, transform: Transform, class_index: dict[st
 
     if not root.is_dir():
         raise DataError(f"expected a directory of images or one of {', '.join(BUILT_IN)}, got {str(root)!r}")
-    parts = {"train": ("train",), "test": ("val", "test")}
-    found = [root / name for name in parts[split] if (root / name).is_dir()]
+    part = _part(root, split)
     try:
-        folder = ImageFolder(str(found[0] if found else root), transform)
+        folder = ImageFolder(str(part), transform, loader=_open_image)
+        # held-out folders mean what the training folders of that name do
+        trained = folder.classes if part == root else folder.find_classes(str(root / "train"))[0]
     except FileNotFoundError as error:
         raise DataError(f"{root}: expected one folder of images per class (ImageFolder): {error}") from error
-    trained = folder.classes
-    if found and (root / "train").is_dir():  # held-out folders mean what the training folders of that name do
-        trained = sorted(part.name for part in (root / "train").iterdir() if part.is_dir())
-    known = dict(zip(trained, _folder_labels(trained, class_index), strict=True))
+    known = _folder_labels(root, trained, class_index)
     strange = [name for name in folder.classes if name not in known]
     if strange:
-        raise DataError(f"{found[0]}: the folder {strange[0]!r} has no counterpart in {root / 'train'}")
+        raise DataError(f"{part}: the folder {strange[0]!r} has no counterpart in {root / 'train'}")
     labels = [known[name] for name in folder.classes]
     folder.target_transform = labels.__getitem__
-    names = dict(zip(labels, folder.classes, strict=True))
-    if found:
-        return Images(folder, names)
+    if part != root:
+        return Images(folder, dict(zip(labels, folder.classes, strict=True)))
     chosen = [index for index in range(len(folder)) if (index % 5 == 0) == (split == "test")]
-    return Images(Subset(folder, chosen), names)
+    shown = sorted({folder.targets[index] for index in chosen})  # a small class may be missing from a split
+    return Images(Subset(folder, chosen), {labels[index]: folder.classes[index] for index in shown})
 
 
-def _folder_labels(folders: list[str], class_index: dict[str, int]) -> list[int]:
-    """Output indices of folders: their known class names or WordNet ids, numbers, or else their alphabetical order."""
-    if class_index and all(name in class_index for name in folders):
-        return [class_index[name] for name in folders]
-    if all(name.isdigit() for name in folders):
-        return [int(name) for name in folders]
-    return list(range(len(folders)))
+def _part(root: Path, split: Split) -> Path:
+    """The folder of that split, or `root` itself where there are no splits."""
+    splits = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if splits and "train" not in splits:
+        raise DataError(f"{root}: expected a folder train beside {splits[0]}, got none")
+    if splits == ["train"] and split == "test":
+        raise DataError(
+            f"{root}: expected a folder val or test beside train, to measure on, got none; add one, or pass --no-test"
+        )
+    return root / splits[0 if split == "train" else 1] if splits else root
+
+
+def _folder_labels(root: Path, folders: list[str], class_index: dict[str, int]) -> dict[str, int]:
+    """{folder: output index} by known class name or WordNet id, by number, or else in alphabetical order."""
+    known = [name for name in folders if name in class_index]
+    unknown = [name for name in folders if name not in class_index]
+    if known and unknown:
+        few = ", ".join(map(repr, unknown[:5])) + (", …" if len(unknown) > 5 else "")
+        raise DataError(
+            f"{root}: {known[0]!r} is a class of the model, but not {few}; name all folders by class or WordNet id"
+        )
+    if known:
+        labels = {name: class_index[name] for name in folders}
+    elif all(name.isdecimal() for name in folders):
+        labels = {name: int(name) for name in folders}
+    else:
+        labels = {name: label for label, name in enumerate(folders)}
+    folder_of: dict[int, str] = {}
+    for name, label in labels.items():
+        if folder_of.setdefault(label, name) != name:
+            raise DataError(
+                f"{root}: the folders {folder_of[label]!r} and {name!r} both mean label {label}; rename one"
+            )
+    return labels
+
+
+def _open_image(path: str) -> Any:
+    """An image in colour. Raises DataError that names the file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits: without scaling, all above 255 would be white
+                return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # broken images raise many kinds
+        raise DataError(f"{path}: expected an image, got a damaged file or none: {error}") from error

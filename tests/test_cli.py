@@ -16,6 +16,7 @@ from nadhooks import cli, demo
 from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
 
+from .test_data import folders
 from .test_masks import THREE
 
 MODEL = "timm:resnet18,in_chans=1,num_classes=10,channels=(8,8,8,8)"
@@ -123,11 +124,23 @@ def test_bad_input_ends_in_one_line(arguments: list[str], message: str, capsys: 
     assert message in last
 
 
+def test_a_damaged_image_is_named_in_one_line_by_loading_processes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    folders(Path("pictures"), "cat", "dog")
+    Path("pictures/cat/3.png").write_bytes(b"no picture")
+    for workers in ("0", "2"):
+        assert run("learn", MODEL, "--data", "pictures", "--no-test", "--device", "cpu", "--workers", workers) == 1
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("nadhooks: error: pictures/cat/3.png: expected an image, got a damaged file or none")
+        assert len(last) < 200
+
+
 def test_render_names_tasks_and_suffixes(mask_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("render", str(mask_file), "--task", "9") == 1
     assert "unknown task 9: expected one of 3, 5" in capsys.readouterr().err
     assert run("render", str(mask_file), "-o", "x.bmp") == 1
     assert "got '.bmp'" in capsys.readouterr().err
+    assert run("render", str(mask_file), "--task", "²") == 1
+    assert "unknown task '²'" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback() -> None:

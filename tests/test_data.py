@@ -97,6 +97,62 @@ def test_held_out_folders_have_the_labels_of_the_training_folders(tmp_path: Path
         data.load_images(str(tmp_path), "test", to_tensor)
 
 
+def test_two_folders_of_one_label_are_named(tmp_path: Path) -> None:
+    folders(tmp_path / "a", "1", "01", "2")
+    with pytest.raises(DataError, match="the folders '01' and '1' both mean label 1; rename one"):
+        data.load_images(str(tmp_path / "a"), "train", to_tensor)
+    folders(tmp_path / "b", "tench", "n01440764")
+    with pytest.raises(DataError, match="the folders 'n01440764' and 'tench' both mean label 0"):
+        data.load_images(str(tmp_path / "b"), "train", to_tensor, {"tench": 0, "n01440764": 0})
+
+
+def test_only_decimal_numbers_are_labels(tmp_path: Path) -> None:
+    assert data.load_images(str(folders(tmp_path, "3", "²")), "train", to_tensor).names == {0: "3", 1: "²"}
+
+
+def test_folders_that_are_no_class_of_the_model_are_named_where_others_are(tmp_path: Path) -> None:
+    folders(tmp_path, "tench", "goldfisch", "eel")
+    with pytest.raises(DataError, match="'tench' is a class of the model, but not 'eel', 'goldfisch'; name all"):
+        data.load_images(str(tmp_path), "train", to_tensor, {"tench": 0, "goldfish": 1})
+
+
+def test_splits_that_are_missing_are_named(tmp_path: Path) -> None:
+    folders(tmp_path / "a" / "val", "cat")
+    with pytest.raises(DataError, match="expected a folder train beside val, got none"):
+        data.load_images(str(tmp_path / "a"), "train", to_tensor)
+    folders(tmp_path / "b" / "train", "cat")
+    assert data.load_images(str(tmp_path / "b"), "train", to_tensor).names == {0: "cat"}
+    with pytest.raises(DataError, match=r"expected a folder val or test beside train, .*; add one, or pass --no-test"):
+        data.load_images(str(tmp_path / "b"), "test", to_tensor)
+
+
+def test_names_are_those_of_labels_that_have_images_in_the_split(tmp_path: Path) -> None:
+    folders(folders(tmp_path, "ant", images=6), "bee", images=3)
+    assert data.load_images(str(tmp_path), "train", to_tensor).names == {0: "ant", 1: "bee"}
+    assert data.load_images(str(tmp_path), "test", to_tensor).names == {0: "ant"}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_images_of_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "a").mkdir()
+    pixels = torch.tensor([[0, 257 * 10, 257 * 200, 65535]], dtype=torch.uint16).numpy()
+    if suffix == "pgm":
+        (tmp_path / "a" / "0.pgm").write_bytes(b"P5 4 1 65535\n" + pixels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(pixels).save(tmp_path / "a" / f"0.{suffix}")
+    image, _ = data.load_images(str(tmp_path), "test", to_tensor).dataset[0]
+    assert (image[0] * 255).round().tolist() == [[0, 10, 200, 255]]
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", b"half"])
+def test_damaged_images_are_named(tmp_path: Path, damage: bytes) -> None:
+    path = folders(tmp_path, "a", images=1) / "a" / "0.png"
+    Image.effect_noise((64, 64), 9).save(path)
+    path.write_bytes(path.read_bytes()[:2000] if damage == b"half" else damage)
+    with pytest.raises(DataError, match=r"a/0.png: expected an image, got a damaged file or none"):
+        data.load_images(str(tmp_path), "test", to_tensor).dataset[0]
+
+
 def test_labels_of_folders_are_the_models_outputs(tmp_path: Path) -> None:
     root = folders(tmp_path / "a", "cat", "dog")
     images = data.load_images(str(root), "train", to_tensor, {"cat": 281, "dog": 5}).dataset

@@ -162,7 +162,8 @@ def test_imagenet_classes_are_known_by_name_and_wordnet_id() -> None:
     resized = zoo.load_model("torchvision:resnet18")
     zoo.set_image_size(resized, 32)
     assert zoo.class_index_of(resized)["tench"] == 0
-    assert zoo.class_index_of(zoo.load_model("timm:resnet18,num_classes=10")) == {}
+    for spec in ("timm:resnet18,num_classes=10", "torchvision:resnet18,num_classes=10"):
+        assert zoo.class_index_of(zoo.load_model(spec)) == {}
 
 
 def test_pretrained_weights_of_timm_come_from_the_hubs_cache(tmp_path: Path) -> None:

@@ -204,6 +204,9 @@ def class_index_of(model: nn.Module) -> dict[str, int]:
     """{class name or WordNet id: output index} where the zoo knows them (ImageNet's 1,000 classes), else empty."""
     weights = _torchvision_weights(model, "")
     names = weights.meta.get("categories", []) if weights is not None else []
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    if layers and names and layers[-1].weight.shape[0] != len(names):  # torchvision:NAME,num_classes=3
+        return {}
     if not names and getattr(model, "num_classes", None) == 1000:  # timm says no names; the order is ImageNet's
         from torchvision.models import ResNet18_Weights
 
