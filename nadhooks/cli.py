@@ -318,6 +318,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _model(options: argparse.Namespace) -> nn.Module:
+    if options.pretrained:
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()  # two lines for every try to reach it; the last error says all
     model = zoo.load_model(options.model, weights=options.weights, pretrained=options.pretrained)
     if options.weights is None and not options.pretrained and options.run is _learn:
         note = "nadhooks: note: the weights are random; pass --weights FILE or --pretrained for a trained model"

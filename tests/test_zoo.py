@@ -73,15 +73,51 @@ def test_weights_are_loaded_safely_and_strictly(tmp_path: Path) -> None:
     for name in ("w.safetensors", "w.pt", "checkpoint.pt"):
         loaded = zoo.load_model(spec, weights=str(tmp_path / name))
         assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-    torch.save(nn.Linear(2, 2), tmp_path / "pickled.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    for name in ("pickled.pt", "text.pt"):
-        with pytest.raises(ModelError, match="cannot be loaded into this model"):
-            zoo.load_model(spec, weights=str(tmp_path / name))
-    with pytest.raises(ModelError, match=r"(?s)cannot be loaded into this model.*size mismatch"):
-        zoo.load_model("timm:resnet18,num_classes=3,channels=(8,8,8,8)", weights=str(tmp_path / "w.pt"))
     with pytest.raises(ModelError, match="no weights file"):
         zoo.load_model(spec, weights=str(tmp_path / "missing.pt"))
+
+
+def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "pickled.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({1: 2}, tmp_path / "numbers.pt")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:500])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("empty.pt", "empty.safetensors"):
+        (tmp_path / name).touch()
+    for name, message in (
+        ("pickled.pt", r"expected a state_dict, written by .*, got a pickled torch.nn.modules.linear.Linear"),
+        ("list.pt", "expected a state_dict, written by .*, got a list"),
+        ("numbers.pt", "expected a state_dict, written by .*, got a dict"),
+        ("half.pt", "expected a state_dict, written by .*, got a damaged file or one of another kind"),
+        ("text.pt", "got a damaged file"),
+        ("empty.pt", "got a damaged file"),
+        ("empty.safetensors", "expected a safetensors file, got a damaged file"),
+        ("folder.pt", "cannot be read: Is a directory"),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            zoo.load_weights(nn.Linear(2, 2), str(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value)
+        assert len(str(caught.value)) < len(str(tmp_path / name)) + 150
+        assert str(caught.value).isprintable()
+
+
+def test_weights_of_another_model_are_told_by_the_first_difference(tmp_path: Path) -> None:
+    path = str(tmp_path / "w.pt")
+    torch.save(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)).state_dict(), path)
+    with pytest.raises(
+        ModelError, match=r"got others: '1.weight' has shape \(4, 3\), expected \(5, 3\); name the model"
+    ):
+        zoo.load_weights(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5)), path)
+    with pytest.raises(
+        ModelError,
+        match=r"this Linear, got others: 1 of 1 keys missing \(first 'weight'\), 4 unexpected \(first '0.w",
+    ):
+        zoo.load_weights(nn.Linear(2, 3, bias=False), path)
+    with pytest.raises(ModelError, match=r"got others: 2 unexpected \(first '1.weight'\); name"):
+        zoo.load_weights(nn.Sequential(nn.Linear(2, 3)), path)
 
 
 @pytest.mark.parametrize(
@@ -200,5 +236,14 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
     monkeypatch.setattr(type(weights), "url", "http://127.0.0.1:9/x.pth")
-    with pytest.raises(ModelError, match="torchvision:squeezenet1_1 cannot be made: URLError"):
+    with pytest.raises(ModelError, match="squeezenet1_1: its pretrained weights cannot be fetched: <urlopen"):
         zoo.load_model("torchvision:squeezenet1_1", pretrained=True)
+
+
+def test_an_unreachable_hub_of_timm_ends_in_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "nadhooks", "sites", "timm:test_resnet", "--pretrained"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("nadhooks: error: timm:test_resnet: its pretrained weights cannot be fetched: ")
+    assert shown.stderr.count("\n") == 1

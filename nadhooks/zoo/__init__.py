@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,19 +52,52 @@ def load_model(spec: str, *, weights: str | None = None, pretrained: bool = Fals
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Loads a safetensors file or a state_dict (also under the key "state_dict"), strictly. Raises ModelError."""
+    state = _state_dict(path)
     try:
-        if path.endswith(".safetensors"):
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path}: expected the weights of this {type(model).__name__}, got others: "
+            f"{_difference(model.state_dict(), state) or error}; name the model that they were saved from"
+        ) from error
+
+
+def _state_dict(path: str) -> dict[str, Any]:
+    safe = path.endswith(".safetensors")
+    expected = "a safetensors file" if safe else "a state_dict, written by torch.save(model.state_dict(), path)"
+    try:
+        if safe:
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-        model.load_state_dict(state)
     except FileNotFoundError as error:
         raise ModelError(f"no weights file {path}") from error
-    except Exception as error:  # unpickling and safetensors raise many kinds
-        raise ModelError(f"the weights in {path} cannot be loaded into this model: {error}") from error
+    except OSError as error:
+        raise ModelError(f"the weights file {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # unpickling and safetensors raise many kinds, with pages of advice
+        pickled = re.search(r"GLOBAL (\S+)", str(error))
+        got = f"a pickled {pickled[1]}" if pickled else "a damaged file or one of another kind"
+        raise ModelError(f"{path}: expected {expected}, got {got}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ModelError(f"{path}: expected {expected}, got a {type(state).__name__}")
+    return state
+
+
+def _difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
+    """What the names of two state_dicts, or else the shapes of the first tensors that differ, have not in common."""
+    missing = [name for name in expected if name not in got]
+    unexpected = [name for name in got if name not in expected]
+    if missing or unexpected:
+        both = ((missing, f"of {len(expected)} keys missing"), (unexpected, "unexpected"))
+        return ", ".join(f"{len(names)} {what} (first {names[0]!r})" for names, what in both if names)
+    for name, value in expected.items():
+        shapes = [tuple(getattr(tensor, "shape", ())) for tensor in (value, got[name])]
+        if shapes[0] != shapes[1]:
+            return f"{name!r} has shape {shapes[1]}, expected {shapes[0]}"
+    return ""
 
 
 def example_for(model: nn.Module, size: int | None = None) -> Any:
@@ -246,6 +280,11 @@ def _call(spec: str, factory: Any, options: dict[str, Any]) -> Any:
     try:
         return factory(**options)
     except Exception as error:  # constructors and downloads raise anything
+        if isinstance(error, OSError) and (options.get("pretrained") or options.get("weights")):
+            why = str(error).partition(". ")[0]  # of a paragraph
+            raise ModelError(
+                f"{spec}: its pretrained weights cannot be fetched: {why}; check the connection, or pass weights=FILE"
+            ) from error
         raise ModelError(f"{spec} cannot be made: {type(error).__name__}: {error}") from error
 
 
