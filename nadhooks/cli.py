@@ -38,7 +38,8 @@ from .sites import Sites, blocks, channels, heads, neurons
 SELECTORS = {"blocks": blocks, "channels": channels, "neurons": neurons, "heads": heads}
 MODEL_HELP = (
     "timm:NAME, torchvision:NAME or file.py:factory; keyword arguments may follow, "
-    "as in timm:resnet18,num_classes=10,in_chans=1"
+    "as in timm:resnet18,num_classes=10,in_chans=1; for learning, file.py also holds a function `transform`, "
+    "from a PIL image to a (channels, height, width) tensor"
 )
 WARNING = (
     "Recall alone proves nothing: a sub-architecture that answers its class to everything has recall 1 and a "

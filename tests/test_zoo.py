@@ -189,6 +189,35 @@ def test_own_models_bring_their_transform(tmp_path: Path) -> None:
         zoo.transform_for(model, f"{tmp_path}/bare.py:net")
 
 
+def test_own_files_import_the_files_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "blocks_of_mine.py").write_text("from torch import nn\ndef block(): return nn.Linear(2, 2)")
+    (tmp_path / "own3.py").write_text("from blocks_of_mine import block as net")
+    before = list(sys.path)
+    assert isinstance(zoo.load_model(f"{tmp_path}/own3.py:net"), nn.Linear)
+    assert sys.path == before
+    (tmp_path / "own4.py").write_text("import blocks_of_nobody")
+    with pytest.raises(ModelError, match="No module named 'blocks_of_nobody'"):
+        zoo.load_model(f"{tmp_path}/own4.py:net")
+    assert sys.path == before
+
+
+def test_own_files_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    for width in (2, 3):
+        (tmp_path / str(width)).mkdir()
+        text = f"import torch\ndef net(): return torch.nn.Linear({width}, 1)"
+        (tmp_path / str(width) / "namesake.py").write_text(text)
+        assert zoo.load_model(f"{tmp_path}/{width}/namesake.py:net").in_features == width
+
+
+def test_own_files_may_have_dataclasses(tmp_path: Path) -> None:
+    (tmp_path / "own5.py").write_text(
+        "from __future__ import annotations\nimport dataclasses, torch\n"
+        "@dataclasses.dataclass\nclass Config:\n    width: int = 4\n"
+        "def net(): return torch.nn.Linear(Config().width, 1)"
+    )
+    assert zoo.load_model(f"{tmp_path}/own5.py:net").in_features == 4
+
+
 def test_imagenet_classes_are_known_by_name_and_wordnet_id() -> None:
     for spec in ("timm:resnet18", "torchvision:resnet18"):
         known = zoo.class_index_of(zoo.load_model(spec))

@@ -294,13 +294,18 @@ def _module_from(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"nadhooks_user_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ModelError(f"{path} is not a Python file")
-    if spec.name not in sys.modules:
+    if getattr(sys.modules.get(spec.name), "__file__", None) != spec.origin:  # another folder may have its namesake
         module = importlib.util.module_from_spec(spec)
+        folder = str(Path(path).resolve().parent)
+        sys.modules[spec.name] = module  # before it runs: its dataclasses look themselves up
+        sys.path.insert(0, folder)  # for the files beside it, as in `python file.py`
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # it is the user's program
+            del sys.modules[spec.name]
             raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-        sys.modules[spec.name] = module
+        finally:
+            sys.path.remove(folder)
     return sys.modules[spec.name]
 
 
