@@ -257,6 +257,10 @@ def _learn(options: argparse.Namespace) -> None:
     unknown = [label for label in labels if label not in train.names]
     if unknown:
         raise DataError(f"{options.data} has no images of label {unknown[0]}: its labels are {sorted(train.names)}")
+    unseen = [train.names[label] for label in labels if test is not None and label not in test.names]
+    if unseen or (test is not None and len(test.names) < 2):
+        what = f"{unseen[0]!r}" if unseen else "other classes"
+        raise DataError(f"{options.data} has no held-out images of {what} to measure on; add some, or pass --no-test")
     with _bar(f"learning masks for {len(labels)} classes") as update:
         masks = learn(
             model,
@@ -278,6 +282,8 @@ def _learn(options: argparse.Namespace) -> None:
 
 
 def _graph(options: argparse.Namespace) -> None:
+    if options.out:
+        _check_writable(options.out)
     graph = _flow(options)
     table = _table("site", "stage >", "units >", "kept >", "share >", "feeds")
     for name, data in graph.nodes(data=True):

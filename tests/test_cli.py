@@ -13,6 +13,7 @@ import torch
 
 import nadhooks
 from nadhooks import cli, demo
+from nadhooks.formats.writing import write_bytes
 from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
 
@@ -132,6 +133,30 @@ def test_a_damaged_image_is_named_in_one_line_by_loading_processes_too(capsys: p
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("nadhooks: error: pictures/cat/3.png: expected an image, got a damaged file or none")
         assert len(last) < 200
+
+
+def test_the_folder_that_a_graph_cannot_be_written_to_is_named(
+    mask_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("graph", str(mask_file), "-o", "no/g.json") == 1
+    shown = capsys.readouterr()
+    assert "cannot write no/g.json: no is not a directory" in shown.err
+    assert not shown.out
+    with pytest.raises(FileNotFoundError) as raised:
+        write_bytes("no/g.json", b"")
+    assert raised.value.filename == "no"
+
+
+def test_classes_that_cannot_be_measured_are_named_before_the_learning(capsys: pytest.CaptureFixture[str]) -> None:
+    folders(folders(Path("pictures/train"), "cat", "dog"), "eel")
+    folders(Path("pictures/val"), "cat", "dog")
+    assert run("learn", MODEL, "--data", "pictures") == 1
+    assert "pictures has no held-out images of 'eel' to measure on; add some, or pass" in capsys.readouterr().err
+    assert run("learn", MODEL, "--data", "pictures", "--tasks", "0", "--image-size", "32") == 0
+    folders(Path("alone/train"), "cat")
+    folders(Path("alone/val"), "cat")
+    assert run("learn", MODEL, "--data", "alone", "--method", "class-only") == 1
+    assert "alone has no held-out images of other classes" in capsys.readouterr().err
 
 
 def test_render_names_tasks_and_suffixes(mask_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

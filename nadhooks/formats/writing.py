@@ -13,7 +13,10 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     path = Path(path)
     mask = os.umask(0)
     os.umask(mask)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:  # it would name a file that nobody asked for
+        raise OSError(error.errno, error.strerror, str(path.parent)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
