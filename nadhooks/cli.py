@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NadhooksError, OSError, ImportError) as error:
         if options.debug:
             raise
-        err.print(f"nadhooks: error: {_one_line(error)}", markup=False, soft_wrap=True)
+        err.print(f"nadhooks: error: {_as_options(_one_line(error))}", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         err.print("nadhooks: stopped")
@@ -437,6 +438,13 @@ def _table(*headings: str) -> Table:
 def _few(names: Iterable[str], shown: int = 2) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _as_options(text: str) -> str:
+    """An error's arguments, such as axis=2, as the options of the command line."""
+    text = re.sub(r"pass example=.*", "give the size by --image-size", text)  # what else an example can be is for programs
+    text = re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=(?=[\w\"'])", r"--\1 ", text)
+    return re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=", r"--\1", text)
 
 
 def _one_line(error: BaseException) -> str:

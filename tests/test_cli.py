@@ -93,7 +93,7 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
     assert run("learn", "net.py:build", "--data", "digits", "--tasks", "0", "1", "--no-test") == 0
     assert [site.name for site in nadhooks.load("masks.safetensors").sites] == ["1", "5"]
     assert run("sites", "net.py:build") == 1
-    assert "on the command line, --image-size" in capsys.readouterr().err
+    assert "what input Sequential takes; give the size by --image-size" in capsys.readouterr().err
     assert run("sites", "net.py:build", "--image-size", "8") == 0
     assert "AdaptiveAvgPool2d" not in capsys.readouterr().out
     assert run("learn", "net.py:build", "--data", "digits", "--image-size", "8") == 1
@@ -113,6 +113,9 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         ([*LEARN, "--beta", "0.1"], "--beta is an option of --method nad, got --method contrastive"),
         ([*LEARN, "--epochs", "3", "--method", "class-only"], "--epochs is an option of --method nad"),
         (["sites", MODEL, "--device", "meta"], "--device meta cannot be used here"),
+        ([*LEARN, "--method", "nad", "--keep", "0.3"], "from its options, got --keep 0.3"),
+        ([*LEARN, "--axis", "7"], "--axis 7 does not fit a tensor of shape"),
+        (["sites", "timm:resnet10t", "--sites", "heads"], "pass --sites with globs"),
         ([*LEARN, "--weights", "nothing.pt"], "no weights file nothing.pt"),
         (["inspect", "nothing"], "nothing: cannot read it: No such file or directory"),
         (["render", "nothing"], "nothing: cannot read it"),

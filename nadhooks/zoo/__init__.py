@@ -123,7 +123,7 @@ def example_for(model: nn.Module, size: int | None = None) -> Any:
     if known is None:
         raise ModelError(
             f"nothing tells what input {type(model).__name__} takes; pass example=, the forward arguments "
-            "(a tensor, a tuple or a dict), for instance example=images[:1]; on the command line, --image-size"
+            "(a tensor, a tuple or a dict), for instance example=images[:1]"
         )
     channels, height, width = known
     clip = (16,) if family == "video" else ()
