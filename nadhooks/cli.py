@@ -442,7 +442,7 @@ def _few(names: Iterable[str], shown: int = 2) -> str:
 
 def _as_options(text: str) -> str:
     """An error's arguments, such as axis=2, as the options of the command line."""
-    text = re.sub(r"pass example=.*", "give the size by --image-size", text)  # what else an example can be is for programs
+    text = re.sub(r"pass example=.*", "give the size by --image-size", text)  # other examples are for programs
     text = re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=(?=[\w\"'])", r"--\1 ", text)
     return re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=", r"--\1", text)
 
