@@ -215,7 +215,7 @@ def _sites(options: argparse.Namespace) -> None:
         model = _model(options)
         gates = attach(model, _chosen(options), axis=options.axis)
     with gates:
-        table = _table("site", "class", "unit axis >", "units >", "parameters >", "fed by")
+        table = _table("site", "class", "axis >", "units >", "parameters >", "fed by")
         total = sum(parameter.numel() for parameter in model.parameters())
         modules = dict(model.named_modules())
         for site in gates.sites:

@@ -20,7 +20,7 @@ from .hooking import Handle, on_site
 from .masks import Masks, check_same_sites
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
-from .tracing import Trace, call_model, parameters_behind, trace, undisturbed
+from .tracing import Trace, call_model, parameters_behind, samples_in, trace, undisturbed
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 Closed = Literal["zero", "mean"]
@@ -52,13 +52,22 @@ def attach(
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
 
 
-def gate(x: Tensor, g: Tensor, axis: int, block: int = 1, closed: Tensor | None = None, views: bool = False) -> Tensor:
+def gate(
+    x: Tensor,
+    g: Tensor,
+    axis: int,
+    block: int = 1,
+    closed: Tensor | None = None,
+    *,
+    alternating: bool = False,
+    views: bool = False,
+) -> Tensor:
     """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
 
     x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
-    unit is `block` positions of `axis`. Where axis 0 of x is a multiple of the batch, the positions of one sample lie
-    together (windows, frames), or with `views` all samples of one view do. The result has x's dtype: a float32 gate
-    must not promote an output under autocast.
+    unit is `block` positions of `axis`, side by side or `alternating`. Where axis 0 of x is a multiple of the batch,
+    the positions of one sample lie together (windows, frames), or with `views` all samples of one view do. The result
+    has x's dtype: a float32 gate must not promote an output under autocast.
     """
     if g.shape[0] not in (1, x.shape[0]):
         if x.shape[0] % g.shape[0]:
@@ -68,15 +77,16 @@ def gate(x: Tensor, g: Tensor, axis: int, block: int = 1, closed: Tensor | None 
             )
         times = x.shape[0] // g.shape[0]
         g = g.repeat(times, 1) if views else g.repeat_interleave(times, 0)
-    g = _spread(g, x, axis, block)  # (batch or 1, 1, …, positions, …, 1)
+    g = _spread(g, x, axis, block, alternating)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return g * x
-    return g * x + (1 - g) * _spread(closed[None], x, axis, block)
+    return g * x + (1 - g) * _spread(closed[None], x, axis, block, alternating)
 
 
-def _spread(rows: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
+def _spread(rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool) -> Tensor:
     rows = rows.to(device=x.device, dtype=x.dtype)
-    rows = rows.repeat_interleave(block, 1) if block > 1 else rows
+    if block > 1:
+        rows = rows.repeat(1, block) if alternating else rows.repeat_interleave(block, 1)
     shape = [1] * x.dim()
     shape[0], shape[axis] = rows.shape
     return rows.reshape(shape)
@@ -129,7 +139,8 @@ class _SiteGate:
             g = torch.ones(1, site.units, device=x.device)
         if shut is not None:
             g = g.masked_fill(shut.to(g.device), 0)
-        return gate(x, g, site.axis, site.block, gates._closed_values(site), site.views)
+        closed = gates._closed_values(site)
+        return gate(x, g, site.axis, site.block, closed, alternating=site.alternating, views=site.views)
 
 
 class _Entry:
@@ -140,10 +151,10 @@ class _Entry:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         rows = self.gates._rows
-        first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()), None)
-        if rows is not None and first is not None and len(rows) not in (1, len(first)):
+        samples = 1 if rows is None else samples_in(args or kwargs)
+        if rows is not None and len(rows) not in (1, samples):
             raise TaskError(
-                f"expected one label for each of the {len(first)} samples, got {len(rows)}; "
+                f"expected one label for each of the {samples} samples, got {len(rows)}; "
                 "or pass one task for the whole batch"
             )
 
@@ -454,8 +465,9 @@ def check_closed(closed: str) -> None:
 
 def unit_sums(x: Tensor, site: Site) -> Tensor:
     """Sum over everything but a site's units: any tensor of the site -> (units,) float64."""
-    moved = x.detach().movedim(site.axis, 0).reshape(site.units, -1)  # (units, block · batch · positions)
-    return moved.sum(1, dtype=torch.float64)
+    by_position = x.detach().movedim(site.axis, 0).flatten(1).sum(1, dtype=torch.float64)  # (units · block,)
+    grid = by_position.reshape(site.block, site.units).T if site.alternating else by_position.reshape(site.units, -1)
+    return grid.sum(1)
 
 
 def _dtype_and_device(seen: Trace, site: Site) -> tuple[torch.dtype, torch.device]:

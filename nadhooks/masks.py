@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal
@@ -247,15 +248,18 @@ def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str)
 
 
 def _fields(site: Site) -> dict[str, Any]:
-    return {each.name: getattr(site, each.name) for each in fields(site) if each.compare}
+    return {each.name: getattr(site, each.name) for each in dataclasses.fields(site) if each.compare}
 
 
 def _site(fields: Mapping[str, Any]) -> Site:
     """A site as a file describes it, with every field of its own kind."""
+    if set(fields) - {each.name for each in dataclasses.fields(Site) if each.compare}:
+        raise ValueError(f"not a site: {fields!r}")
     site = Site(**fields)
     words = isinstance(site.name, str) and isinstance(site.module, str) and site.side in ("input", "output")
     numbers = all(type(n) is int and n > 0 for n in (site.axis, site.units, site.block))
-    if not words or not numbers or not (site.leaf is None or type(site.leaf) is int):
+    leaf = site.leaf is None or type(site.leaf) is int
+    if not (words and numbers and leaf and type(site.alternating) is bool):
         raise ValueError(f"not a site: {fields!r}")
     return site
 

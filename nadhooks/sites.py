@@ -26,7 +26,8 @@ class Site:
     views: axis 0 holds all samples of one view, then all of the next, and not all views of one sample.
 
     `within` and `views` are found anew in each model, and not part of what masks say of their sites.
-    axis: counted from the front, batch included. units: how many. block: positions on the axis per unit.
+    axis: counted from the front, batch included. units: how many. block: positions on the axis per unit; with
+        `alternating`, position i belongs to unit i mod units.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Site:
     side: Side = "output"
     leaf: int | None = None
     block: int = 1
+    alternating: bool = False
     within: str | None = field(default=None, compare=False)
     views: bool = field(default=False, compare=False)
 
@@ -48,6 +50,7 @@ class Pick:
     required: bool = False
     side: Side = "output"
     units: int | None = None  # None: one per position on the axis
+    alternating: bool = False
 
 
 @dataclass
@@ -127,7 +130,8 @@ def heads() -> Selector:
 
     def select(trace: Trace) -> Selection:
         found, skipped = attention_heads(trace)
-        return Selection([Pick(heads.module, side=heads.side, units=heads.number) for heads in found], skipped)
+        picks = [Pick(each.module, False, each.side, each.number, each.alternating) for each in found]
+        return Selection(picks, skipped)
 
     return Selector("heads()", select)
 
@@ -278,7 +282,18 @@ def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -
         )
     units = pick.units or positions
     index = None if call.bare or pick.side == "input" else leaf.index
-    return Site(name, where, units, pick.module, pick.side, index, positions // units, call.within, samples == "views")
+    return Site(
+        name=name,
+        axis=where,
+        units=units,
+        module=pick.module,
+        side=pick.side,
+        leaf=index,
+        block=positions // units,
+        alternating=pick.alternating,
+        within=call.within,
+        views=samples == "views",
+    )
 
 
 def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -172,18 +172,20 @@ def hidden_activations(trace: Trace) -> list[str]:
 
 
 HEAD_COUNTS = ("num_heads", "n_heads", "heads")
-INTERLEAVED = {
-    "timm.models.nest.Attention"
-}  # feature i belongs to head i mod heads, so heads are no blocks of features
+ALTERNATING = {"timm.models.nest.Attention"}  # types whose feature i belongs to head i mod heads
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the heads of an attention module lie side by side: on what its output projection takes in, or puts out."""
+    """Where an attention module has its heads: on what its output projection takes in, or on what it puts out.
+
+    They lie side by side, or alternate along the axis.
+    """
 
     module: str
     number: int
     side: Literal["input", "output"]
+    alternating: bool
 
 
 def attention_heads(trace: Trace) -> tuple[list[Heads], dict[str, str]]:
@@ -208,18 +210,17 @@ def attention_heads(trace: Trace) -> tuple[list[Heads], dict[str, str]]:
         ]
         unused = [part for part in never_fired(trace) if part.startswith(name + ".")]
         features = input_units(projections[-1].module) if projections else _output_units(trace, call)
-        if f"{type(call.module).__module__}.{type(call.module).__qualname__}" in INTERLEAVED:
-            skipped[name] = "its heads do not lie side by side: they alternate along the axis of the features"
-        elif not layers:
+        alternating = f"{type(call.module).__module__}.{type(call.module).__qualname__}" in ALTERNATING
+        if not layers:
             continue  # a bias or an embedding that knows the number of heads
         elif not projections and unused:
             skipped[name] = f"its output projection never fires (used in another way: {', '.join(unused)})"
         elif not features or features % number:
             skipped[name] = f"expected {number} heads of equal size, got {features or 'an unknown number of'} features"
         elif projections:
-            found.append(Heads(projections[-1].name, number, "input"))
+            found.append(Heads(projections[-1].name, number, "input", alternating))
         else:
-            found.append(Heads(name, number, "output"))
+            found.append(Heads(name, number, "output", alternating))
     return found, skipped
 
 

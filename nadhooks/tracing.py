@@ -175,7 +175,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """
     once = _run(model, example)
     try:
-        once.twice, once.samples = _run(model, doubled(example)), _samples(example)
+        once.twice, once.samples = _run(model, doubled(example)), samples_in(example)
     except (ModelError, RuntimeError):  # a model for one batch size, or an example that is not made of batches
         once.twice = None
     return once
@@ -188,7 +188,8 @@ def doubled(example: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), example)
 
 
-def _samples(example: Any) -> int:
+def samples_in(example: Any) -> int:
+    """How many samples forward arguments hold, by the first of them: the length of a list, or of a tensor's axis 0."""
     if isinstance(example, (tuple, list)) and example and isinstance(example[0], list):
         return len(example[0])
     return next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()), 1)

@@ -74,8 +74,9 @@ def test_sites_lists_units_wiring_and_what_was_left_out(capsys: pytest.CaptureFi
     assert run("sites", "torchvision:vit_b_16", "--sites", "channels") == 0
     shown = capsys.readouterr().out
     assert "encoder.layers.encoder_layer_1.mlp.0" in shown
-    assert "left out, 12:" in shown
-    assert "self_attention.out_proj" in shown
+    assert "left out, 13:" in shown
+    assert "in_proj_weight:\n    encoder.layers.encoder_layer_0.self_attention" in shown
+    assert "100% of 86,567,656 parameters behind" in shown
 
 
 OWN = """

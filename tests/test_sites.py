@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks import sites
+from nadhooks import sites, zoo
 from nadhooks.errors import SiteError
 
 from .nets import Line, Mlp, Split, images, seeded, vectors
@@ -279,3 +279,17 @@ def test_choices_of_another_kind_are_refused(chosen: Any) -> None:
 def test_axes_of_another_kind_are_refused(axis: Any) -> None:
     with pytest.raises(SiteError, match="axis: expected an integer"):
         nadhooks.attach(seeded(Line), "act1", example=images(), axis=axis)
+
+
+def test_heads_that_alternate_along_the_features_close_together() -> None:
+    model: Any = zoo.load_model("timm:nest_tiny,img_size=112,num_classes=3")
+    image = zoo.example_for(model)
+    with nadhooks.attach(model, sites.heads(), example=image) as gates:
+        site = gates.sites[0]
+        assert (site.units, site.block, site.alternating) == (3, 32, True)
+        projection = model.get_submodule(site.module)
+        with gates.close(site.name, 1):
+            closed = model(image)
+        with torch.no_grad():
+            projection.weight[:, 1::3] = 0
+        assert torch.allclose(model(image), closed, atol=1e-6)

@@ -66,10 +66,8 @@ def _check(options: argparse.Namespace) -> int:
     waiting = [spec for spec in chosen if spec not in held]
     console.print(f"{len(chosen)} models, {len(chosen) - len(waiting)} of them in the ledger")
     known = {row["model"]: int(row["parameters"]) for row in rows if int(row["parameters"])}
-    near = {files[spec] for spec in waiting}
-    weights = known | dict(
-        each([spec for spec in files if files[spec] in near and spec not in known], weigh, options.workers, "weighing")
-    )
+    unknown = [spec for spec in chosen if spec not in known]
+    weights = known | dict(each(unknown, weigh, options.workers, "weighing") if waiting else [])
     lightest: dict[str, str] = {}
     for spec in sorted((spec for spec in weights if weights[spec]), key=lambda spec: weights[spec]):
         lightest.setdefault(files[spec], spec)

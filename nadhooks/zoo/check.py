@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import sites, zoo
 from ..errors import NadhooksError, SiteError
-from ..gates import Gates, attach
+from ..gates import Gates, attach, unit_sums
 from ..nesting import leaves_of
 from ..sites import Site
 from ..tracing import call_model, doubled, has_weights, undisturbed
@@ -175,7 +175,7 @@ def gradient_reaches_every_gate(run: Runner, gates: Gates, strongest: dict[str, 
     alive: dict[str, Tensor] = {}
 
     def see(site: Site, x: Tensor) -> None:
-        now = x.detach().movedim(site.axis, 0).reshape(site.units, -1).abs().amax(1) > 0
+        now = unit_sums(x.abs(), site) > 0
         alive[site.name] = now | alive.get(site.name, now)
 
     with gates(0), gates.watch(see):
@@ -284,7 +284,7 @@ class Runner:
         self.detects = zoo.detects(model)
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.moved = False  # running statistics, in train mode
-        self.seen: dict[tuple[bool, bool], list[Tensor]] = {}
+        self.seen: dict[tuple[bool, bool], list[Tensor]] = {}  # what the bare model put out
         begun = time.monotonic()
         self.bare()
         self.seconds = time.monotonic() - begun
@@ -364,8 +364,9 @@ def _smallest_example(model: nn.Module) -> tuple[Any, str]:
         if rescaling is not None and hasattr(rescaling, "min_size") and getattr(rescaling, "fixed_size", None) is None:
             rescaling.min_size, rescaling.max_size = (size,), size  # detection would rescale to 800 pixels
         try:
-            with undisturbed(model), torch.no_grad():
-                call_model(model, example)
+            run = Runner(model, doubled(example))
+            run(training=True)
+            run()
         except Exception:  # each model has its own way to say that a size does not suit it
             continue
         return example, f"{size} px"
