@@ -48,8 +48,8 @@ def test_a_network_without_heads_says_so() -> None:
         ("open", lambda x, g, *rest, **more: x * 1.0001, "open"),
         ("closing", lambda x, g, *rest, **more: x * (g - g.detach() + 1).mean(), "closing"),
         ("gradient", lambda x, g, *rest, **more: x, "gradient"),
-        ("swapped", lambda x, g, axis, block, *rest: right_gate(x, g.flip(0), axis, block), "per sample"),
-        ("axis", lambda x, g, axis, block, *rest: x * g[:, :1].reshape(-1, *[1] * (x.dim() - 1)), "gradient"),
+        ("swapped", lambda x, g, axis, block, *rest, **more: right_gate(x, g.flip(0), axis, block), "per sample"),
+        ("axis", lambda x, g, axis, block, *rest, **more: x * g[:, :1].reshape(-1, *[1] * (x.dim() - 1)), "gradient"),
     ],
 )
 def test_faulty_gates_are_noticed(monkeypatch: pytest.MonkeyPatch, name: str, fault: Any, noticed: str) -> None:
@@ -61,7 +61,7 @@ def test_faulty_gates_are_noticed(monkeypatch: pytest.MonkeyPatch, name: str, fa
 
 def test_a_forgotten_hook_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates.Gates, "detach", lambda self: None)
-    assert findings()["blocks"].checks["detach"].startswith("hooks left on")
+    assert findings()["blocks"].checks["detach"].startswith("differs from before: the model")
 
 
 @pytest.mark.parametrize(

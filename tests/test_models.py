@@ -1,21 +1,24 @@
-"""Twelve models of both zoos: what `attach` promises holds on each of them."""
+"""The zoos: one small model of every model file through every check, and what selectors find in twelve of them.
+
+Every other model stands in the ledger, docs/coverage.csv, which `python -m nadhooks.zoo check --all` writes.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import nadhooks
 from examples.darts import SITES as DARTS_SITES
 from examples.darts import imagenet_network
 from nadhooks import sites, zoo
+from nadhooks.zoo import check, coverage
 
-MODELS = {  # spec -> (blocks, channels, neurons, heads), 0 where there are none
+LEDGER = coverage.newest(coverage.read(Path(__file__).parent.parent / "docs" / "coverage.csv"))
+LONG = 25.0  # seconds: a file of which no model takes less is attached on the meta device only
+
+COUNTED = {  # spec -> (blocks, channels, neurons, heads), 0 where there are none
     "timm:resnet18": (8, 21, 0, 0),
     "timm:vit_tiny_patch16_224": (12, 50, 12, 12),
     "timm:convnext_atto": (12, 41, 12, 0),
@@ -31,38 +34,31 @@ MODELS = {  # spec -> (blocks, channels, neurons, heads), 0 where there are none
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def spec(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def representatives() -> list[tuple[str, bool]]:
+    """(the model of each file whose checks took the least time, whether to run it for real)."""
+    files, installed = zoo.model_names(), {}
+    seconds: dict[str, float] = {}
+    for row in LEDGER:
+        if row["ran"] != "meta":
+            seconds[row["model"]] = seconds.get(row["model"], 0) + float(row["seconds"])
+    for spec in sorted(seconds, key=lambda spec: seconds[spec]):
+        if spec in files:
+            installed.setdefault(files[spec], spec)
+    return [(spec, seconds[spec] < LONG) for spec in sorted(installed.values())]
 
 
-@pytest.fixture(scope="module")
-def model(spec: str) -> Iterator[nn.Module]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = zoo.load_model(spec)
-        for parameter in made.parameters():
-            if parameter.abs().max() < 1e-3:  # zero-initialised branches and layer scales would hide the flow
-                nn.init.uniform_(parameter.data, 0.5, 1.5)
-        yield made
+@pytest.mark.parametrize(("spec", "real"), representatives())
+def test_attach_keeps_its_promises(spec: str, real: bool) -> None:
+    found = list(check.check_model(spec, real=real))
+    assert len(found) == len(check.GRANULARITIES)
+    assert [finding for finding in found if not finding.passed] == []
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-
-
-def leaves(outputs: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def same(a: object, b: object) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
-
-
-def test_every_selector_finds_its_sites(spec: str, model: nn.Module) -> None:
+@pytest.mark.parametrize("spec", COUNTED)
+def test_every_selector_finds_its_sites(spec: str) -> None:
+    model = zoo.load_model(spec)
     for expected, selector in zip(
-        MODELS[spec], (sites.blocks(), sites.channels(), sites.neurons(), sites.heads()), strict=True
+        COUNTED[spec], (sites.blocks(), sites.channels(), sites.neurons(), sites.heads()), strict=True
     ):
         if not expected:
             with pytest.raises(nadhooks.NadhooksError, match="no site"):
@@ -70,103 +66,18 @@ def test_every_selector_finds_its_sites(spec: str, model: nn.Module) -> None:
             continue
         with nadhooks.attach(model, selector) as gates:
             assert len(gates.sites) == expected
-            assert gates.wiring.number_of_nodes() == expected + 2
-            assert all(gates.wiring.in_degree(site.name) and gates.wiring.out_degree(site.name) for site in gates.sites)
 
 
-def test_open_gates_are_bit_identical(model: nn.Module, images: Tensor) -> None:
-    state = copy.deepcopy(model.state_dict())
-
-    def run() -> object:
-        model.load_state_dict(state)  # batch norm's running statistics move in train mode
-        with torch.random.fork_rng():
-            torch.manual_seed(2)  # dropout and stochastic depth
-            return model(images)
-
-    try:
-        for training in (False, True):
-            model.train(training)
-            bare = run()
-            with nadhooks.attach(model) as gates:
-                outside = run()
-                with gates(0):
-                    inside = run()
-            assert same(outside, bare)
-            assert same(inside, bare)
-    finally:
-        model.eval().load_state_dict(state)
+def test_the_ledger_holds_every_model_without_a_failure() -> None:
+    attached = {row["model"] for row in LEDGER if row["granularity"] == "blocks" and row["result"] == "attached"}
+    assert [row for row in LEDGER if row["result"] == "failed"] == []
+    if zoo.versions() == {key: LEDGER[-1][key] for key in zoo.versions()}:
+        assert attached == set(zoo.model_names())
 
 
-def test_gradients_reach_every_gate_that_gates_something(model: nn.Module, images: Tensor) -> None:
-    alive: dict[str, Tensor] = {}
-
-    def see(site: nadhooks.Site, x: Tensor) -> None:
-        alive[site.name] = x.detach().movedim(site.axis, 0).flatten(1).abs().amax(1) > 1e-6
-
-    with nadhooks.attach(model) as gates:
-        with gates(0), gates.watch(see):
-            out = leaves(model(images))[0]
-        out.mul(torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward(
-            inputs=gates.parameters()
-        )
-        for site in gates.sites:
-            gradient = gates.logits[site.name].grad
-            assert gradient is not None
-            reached = gradient[0] != 0
-            # a unit that is alive may still meet a ReLU that both images leave shut (DenseNet has one right behind)
-            assert reached[alive[site.name]].double().mean() > 0.8
-            assert reached.any()
-
-
-def test_a_closed_unit_equals_the_zeroed_channel(model: nn.Module, images: Tensor) -> None:
-    modules = dict(model.named_modules())
-    largest: dict[str, int] = {}
-
-    def see(site: nadhooks.Site, x: Tensor) -> None:
-        largest[site.name] = int(x.detach().movedim(site.axis, 0).flatten(1).abs().sum(1).argmax())
-
-    with nadhooks.attach(model) as gates:
-        with gates.watch(see):
-            bare = model(images)
-        for site in (gates.sites[0], gates.sites[len(gates.sites) // 2], gates.sites[-1]):
-            unit = largest[site.name]
-
-            def zeroed(
-                module: nn.Module, args: object, output: Tensor, site: nadhooks.Site = site, unit: int = unit
-            ) -> Tensor:
-                output = output.clone()
-                output.select(site.axis, unit).zero_()
-                return output
-
-            with gates.close(site.name, unit):
-                closed = model(images)
-            handle = modules[site.module].register_forward_hook(zeroed)
-            by_hand = model(images)
-            handle.remove()
-            assert same(closed, by_hand)
-            assert not same(closed, bare)
-
-
-def test_detach_leaves_nothing_behind(model: nn.Module) -> None:
-    model.train()
-    for module in list(model.modules())[::3]:
-        module.training = False
-    first = next(model.parameters())
-    first.requires_grad_(False)
-    flags = [module.training for module in model.modules()]
-    state = copy.deepcopy(model.state_dict())
-    keys = [set(vars(module)) for module in model.modules()]
-    with nadhooks.attach(model):
-        assert any(module._forward_hooks for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert [module.training for module in model.modules()] == flags
-    assert [set(vars(module)) for module in model.modules()] == keys
-    assert [p.requires_grad for p in model.parameters()].count(False) == 1
-    assert all(p.grad is None for p in model.parameters())
-    assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    first.requires_grad_(True)
-    model.eval()
+def test_blocks_are_as_many_as_a_person_would_count() -> None:
+    for row in LEDGER:
+        assert row["granularity"] != "blocks" or 4 <= int(row["sites"]) <= 64, row["model"]
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,13 @@ def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iter
     model = zoo.load_model(spec) if real else _on_meta(spec)
     if zoo.detects(model):
         model = model.double()  # sums over thousands of anchors would swallow a unit's part
-    example, ran = _smallest_example(model) if real else (zoo.example_for(model), "meta")
     made = time.monotonic() - begun
+    example, ran = _smallest_example(model) if real else (zoo.example_for(model), "meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with flowing(model), _ordinary_attention():
         run = Runner(model, doubled(example)) if real else None
         for granularity in GRANULARITIES:
+            before = imprint(model)
             begun = time.monotonic()
             finding = Finding(spec, granularity, parameters, ran)
             try:
@@ -125,7 +126,7 @@ def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iter
                     finding.checks |= checked(run, gates, example, thorough, second)
                     finding.explain()
             if real:
-                finding.checks["detach"] = _no_hooks_left(model)
+                finding.checks["detach"] = detach_restores(model, before)
             finding.seconds = time.monotonic() - begun
             yield finding
 
@@ -264,9 +265,23 @@ def perturbation_agrees(run: Runner, gates: Gates, example: Any) -> str:
     return _few(differ) or "ok"
 
 
-def _no_hooks_left(model: nn.Module) -> str:
-    left = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    return f"hooks left on {_few(left)}" if left else "ok"
+def imprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """{module: its hooks, flags, attributes and parameters, and how often those were written to}."""
+    return {
+        name: (
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            module.training,
+            sorted(vars(module)),
+            [(id(p), p._version, p.requires_grad, p.grad is None) for p in module.parameters(recurse=False)],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def detach_restores(model: nn.Module, before: dict[str, tuple[Any, ...]]) -> str:
+    after = imprint(model)
+    changed = [name or "the model" for name in before if after.get(name) != before[name]]
+    return f"differs from before: {_few(changed)}" if changed else "ok"
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
