@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check pytest clean
+.PHONY: demo test check pytest coverage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nadhooks demo
@@ -17,6 +17,11 @@ check: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# hours: every model of timm and torchvision that the ledger does not hold at the installed versions
+coverage: $(VENV)/.test
+	$(BIN)/python -m nadhooks.zoo check --all --report docs/coverage.csv
+	$(BIN)/python -m nadhooks.zoo page docs/coverage.csv > docs/coverage.md
 
 $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'

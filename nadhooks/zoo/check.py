@@ -92,14 +92,15 @@ def parameters_of(spec: str) -> int:
 def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iterator[Finding]:
     """All findings on one model, a granularity each.
 
-    real: run it, at the smallest image size that it takes; otherwise attach on the meta device only.
+    real: run it, at the smallest image size that it takes; otherwise attach on the meta device only, but for detectors.
     channels_wiring: compare the wiring with perturbation at the granularity of channels too.
     """
     torch.manual_seed(0)
     begun = time.monotonic()
     model = zoo.load_model(spec) if real else _on_meta(spec)
-    if zoo.detects(model):
-        model = model.double()  # sums over thousands of anchors would swallow a unit's part
+    if zoo.detects(model):  # its way depends on what it sees, so that the meta device cannot run it
+        real = True
+        model = zoo.load_model(spec).double()  # sums over thousands of anchors would swallow a unit's part
     made = time.monotonic() - begun
     example, ran = _smallest_example(model) if real else (zoo.example_for(model), "meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -260,8 +261,8 @@ def perturbation_agrees(run: Runner, gates: Gates, example: Any) -> str:
     added = set(second.edges) - set(gates.wiring.edges)
     refuted = set(gates.wiring.edges) - set(second.edges)
     differ = [f"adds {u} -> {v}" for u, v in sorted(added)] + [f"refutes {u} -> {v}" for u, v in sorted(refuted)]
-    if differ and run.detects and not added and all(v == OUTPUT for _, v in refuted):
-        return f"ok: a detector puts out only the boxes that it keeps, which {_few(differ)}"
+    if differ and run.detects and not added:
+        return f"ok: a detector looks only at the boxes that it keeps, each on one level, which {_few(differ)}"
     return _few(differ) or "ok"
 
 
