@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import networkx as nx
 import torch
@@ -428,10 +428,10 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 def _table(*headings: str) -> Table:
     """A table without lines; headings that end in ` >` head columns of figures."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(
-            heading.removesuffix(" >"), justify="right" if heading.endswith(" >") else "left", overflow="fold"
-        )
+    for index, heading in enumerate(headings):
+        side: Literal["left", "right"] = "right" if heading.endswith(" >") else "left"
+        # the names that rows are about stay whole, and what else is long folds
+        table.add_column(heading.removesuffix(" >"), justify=side, overflow="fold", no_wrap=index == 0)
     return table
 
 

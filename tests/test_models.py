@@ -36,7 +36,8 @@ COUNTED = {  # spec -> (blocks, channels, neurons, heads), 0 where there are non
 
 def representatives() -> list[tuple[str, bool]]:
     """(the model of each file whose checks took the least time, whether to run it for real)."""
-    files, installed = zoo.model_names(), {}
+    files = zoo.model_names()
+    installed: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for row in LEDGER:
         if row["ran"] != "meta":
