@@ -8,10 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks import sites
+from nadhooks import sites, zoo
 from tests.nets import seeded, vectors
 
 
@@ -155,3 +156,74 @@ def test_masks_of_functional_sites_are_those_of_ordinary_ones() -> None:
     with nadhooks.attach(seeded(Called), masks.sites, example=vectors()) as gates:
         gates.load(masks)  # another release of a model may call what it used functionally before
         assert gates.sites[0].within is None
+
+
+def test_functional_layers_keep_their_dtype_under_autocast() -> None:
+    model, x = Inner(), torch.randn(2, 4)
+    with nadhooks.attach(model, sites.channels(), example=x) as gates, torch.autocast("cpu", torch.bfloat16):
+        bare = model(x)
+        with gates(0):
+            gated = model(x)
+        assert bare.dtype == gated.dtype == torch.bfloat16
+        assert torch.equal(bare, gated)
+
+
+def test_functional_layers_learn_inside_checkpoints() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    def gradients(model: nn.Module, name: str) -> Tensor:
+        with nadhooks.attach(model, sites.channels(), example=vectors()) as gates, gates(0):
+            model(vectors()).pow(2).sum().backward(inputs=gates.parameters())
+            found = gates.logits[name].grad
+            assert found is not None
+            return found
+
+    plain = seeded(Inner)
+    checkpointed = Checkpointed().double()
+    checkpointed.inner.load_state_dict(plain.state_dict())
+    assert torch.equal(gradients(plain, "part.fc1"), gradients(checkpointed, "inner.part.fc1"))
+
+
+def test_weights_that_no_layer_holds_are_reported_by_name() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+            self.mixing = nn.Parameter(torch.randn(3, 3))
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0].mean(1)) @ self.mixing
+
+    with nadhooks.attach(Recurrent(), sites.channels(), example=torch.randn(2, 6, 4)) as gates:
+        assert [site.name for site in gates.sites] == ["head"]
+        assert gates.skipped == {
+            "unused": "never fired: used in training only, in another way than as a layer, or not at all",
+            "rnn": "not a layer, but computes with weights of its own: weight_ih_l0, weight_hh_l0",
+            "(the model)": "not a layer, but computes with weights of its own: mixing",
+        }
+
+
+def test_naflex_patches_with_coordinates_are_samples() -> None:
+    model = zoo.load_model("timm:naflexvit_base_patch16_gap,num_classes=5")
+    along = torch.arange(4)
+    patches = {
+        "patches": torch.randn(2, 16, 768, generator=torch.Generator().manual_seed(0)),
+        "patch_coord": torch.cartesian_prod(along, along).expand(2, 16, 2),
+        "patch_valid": torch.ones(2, 16, dtype=torch.bool),
+    }
+    with nadhooks.attach(model, sites.heads(), tasks=2, example=(patches,)) as gates, torch.no_grad():
+        bare = model(patches)
+        for logits in gates.logits.values():
+            logits[1, ::2] = 0
+        with gates(torch.tensor([0, 1])):
+            gated = model(patches)
+    assert len(gates.sites) == 12
+    assert torch.equal(gated[0], bare[0])
+    assert not torch.equal(gated[1], bare[1])
