@@ -1,8 +1,7 @@
-"""Gates on the units of a live model: `attach`, the pure `gate`, and `Gates`, the only live object of the library."""
+"""Gates on the units of a live model: `attach`, and `Gates`, the only live object of the library."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 from . import zoo
 from ._version import __version__
 from .errors import ModelError, NadhooksError, SiteError, TaskError
+from .gating import Clip, chosen_units, gate, unit_sums
 from .hooking import Handle, on_site
 from .masks import Masks, check_same_sites
 from .sites import GIVEN, Axis, Site, Sites, described, find
@@ -50,61 +50,6 @@ def attach(
     """
     _check_model(model)
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
-
-
-def gate(
-    x: Tensor,
-    g: Tensor,
-    axis: int,
-    block: int = 1,
-    closed: Tensor | None = None,
-    *,
-    alternating: bool = False,
-    views: bool = False,
-) -> Tensor:
-    """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
-
-    x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
-    unit is `block` positions of `axis`, side by side or `alternating`. Where axis 0 of x is a multiple of the batch,
-    the positions of one sample lie together (windows, frames), or with `views` all samples of one view do. The result
-    has x's dtype: a float32 gate must not promote an output under autocast.
-    """
-    if g.shape[0] not in (1, x.shape[0]):
-        if x.shape[0] % g.shape[0]:
-            raise TaskError(
-                f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
-                "pass one label per sample, or one task for the whole batch"
-            )
-        times = x.shape[0] // g.shape[0]
-        g = g.repeat(times, 1) if views else g.repeat_interleave(times, 0)
-    g = _spread(g, x, axis, block, alternating)  # (batch or 1, 1, …, positions, …, 1)
-    if closed is None:
-        return g * x
-    return g * x + (1 - g) * _spread(closed[None], x, axis, block, alternating)
-
-
-def _spread(rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool) -> Tensor:
-    rows = rows.to(device=x.device, dtype=x.dtype)
-    if block > 1:
-        rows = rows.repeat(1, block) if alternating else rows.repeat_interleave(block, 1)
-    shape = [1] * x.dim()
-    shape[0], shape[axis] = rows.shape
-    return rows.reshape(shape)
-
-
-class _Clip(torch.autograd.Function):
-    """Clips to [0, 1]. A logit outside still gets the gradients that lead back, so that no gate is stuck."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return logits.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (logits,), (grad,) = ctx.saved_tensors, grads
-        outward = ((logits > 1) & (grad < 0)) | ((logits < 0) & (grad > 0))
-        return grad.masked_fill(outward, 0)
 
 
 class _SiteGate:
@@ -244,7 +189,7 @@ class Gates:
 
     def values(self) -> dict[str, Tensor]:
         """{site: (tasks, units)} gates in [0, 1] with their gradients, for penalties."""
-        return {name: cast(Tensor, _Clip.apply(logits)) for name, logits in self.logits.items()}
+        return {name: cast(Tensor, Clip.apply(logits)) for name, logits in self.logits.items()}
 
     def __call__(self, labels: object) -> _Activation:
         """`with gates(labels):` sends each sample through its task's gates.
@@ -279,7 +224,7 @@ class Gates:
         units: an index, several indices, or a (units,) boolean tensor.
         """
         self.attached()
-        shut = _chosen(units, self._site(site))
+        shut = chosen_units(units, self._site(site))
         before = self._shut.get(site)
         self._shut[site] = shut if before is None else shut | before
         try:
@@ -392,7 +337,7 @@ class Gates:
         if self._rows is None:
             return None
         logits = self.logits[site.name]
-        return cast(Tensor, _Clip.apply(logits[self._rows.to(logits.device)]))
+        return cast(Tensor, Clip.apply(logits[self._rows.to(logits.device)]))
 
     @contextmanager
     def _everything_open(self) -> Iterator[None]:
@@ -439,35 +384,9 @@ class _Activation:
         self._gates._rows, self._gates._values = self._before.pop()
 
 
-def _chosen(units: object, site: Site) -> Tensor:
-    """An index, indices or booleans as a (units,) boolean tensor."""
-    wrong = f"{site.name}: expected units from 0 to {site.units - 1}, or {site.units} booleans, got {units!r}"
-    shut = torch.zeros(site.units, dtype=torch.bool)
-    try:
-        if not isinstance(units, (Tensor, str)) and hasattr(units, "__iter__"):
-            units = [x if isinstance(x, bool) else operator.index(x) for x in units]
-        chosen = units.cpu() if isinstance(units, Tensor) else torch.tensor(units)
-        if chosen.dtype == torch.bool and chosen.shape == shut.shape:
-            return chosen
-        whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
-        if chosen.numel() and not (whole and -site.units <= int(chosen.min()) <= int(chosen.max()) < site.units):
-            raise SiteError(wrong)
-        shut[chosen.long()] = True
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise SiteError(wrong) from error
-    return shut
-
-
 def check_closed(closed: str) -> None:
     if closed not in ("zero", "mean"):
         raise NadhooksError(f"closed: expected 'zero' or 'mean', got {closed!r}")
-
-
-def unit_sums(x: Tensor, site: Site) -> Tensor:
-    """Sum over everything but a site's units: any tensor of the site -> (units,) float64."""
-    by_position = x.detach().movedim(site.axis, 0).flatten(1).sum(1, dtype=torch.float64)  # (units · block,)
-    grid = by_position.reshape(site.block, site.units).T if site.alternating else by_position.reshape(site.units, -1)
-    return grid.sum(1)
 
 
 def _dtype_and_device(seen: Trace, site: Site) -> tuple[torch.dtype, torch.device]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nadhooks import gates, zoo
+from nadhooks import gates, gating, zoo
 from nadhooks.zoo import check, coverage
 from nadhooks.zoo.__main__ import main
 from nadhooks.zoo.processes import examine
 
-right_gate = gates.gate
+right_gate = gating.gate
 
 
 def findings(spec: str = "timm:test_vit", real: bool = True) -> dict[str, check.Finding]:

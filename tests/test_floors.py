@@ -11,7 +11,7 @@ FLOORS = [
     {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
     {"structure", "methods"},
     {"sites"},
-    {"hooking", "masks", "sampling"},
+    {"hooking", "gating", "masks", "sampling"},
     {"wiring"},
     {"gates", "flow", "formats.dot"},
     {"learning", "formats"},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import nadhooks
 from nadhooks.errors import ModelError, SiteError, TaskError
-from nadhooks.gates import gate
+from nadhooks.gating import gate
 
 from .nets import Line, Mlp, Pair, Split, images, seeded, vectors
 
@@ -154,7 +154,7 @@ def test_gradients_reach_open_gates_and_lead_back_from_outside() -> None:
         assert logits.grad is not None
         assert (logits.grad[0, 2:] != 0).any()
         values = torch.tensor([[1.5, 1.5, -0.5, -0.5, 1.0, 0.0]], requires_grad=True)
-        clipped = nadhooks.gates._Clip.apply(values)
+        clipped = nadhooks.gating.Clip.apply(values)
         clipped.backward(torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0, 1.0]]))
         assert values.grad is not None
         assert values.grad.tolist() == [[1, 0, 0, -1, -1, 1]]  # only what leads back into [0, 1], or starts there

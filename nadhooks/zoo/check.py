@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .. import sites, zoo
 from ..errors import NadhooksError, SiteError
-from ..gates import Gates, attach, unit_sums
+from ..gates import Gates, attach
+from ..gating import unit_sums
 from ..nesting import leaves_of
 from ..sites import Site
 from ..tracing import call_model, doubled, has_weights, undisturbed

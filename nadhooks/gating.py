@@ -1,0 +1,93 @@
+"""What a gate does to a tensor: pure functions, without models and hooks."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SiteError, TaskError
+from .sites import Site
+
+
+def gate(
+    x: Tensor,
+    g: Tensor,
+    axis: int,
+    block: int = 1,
+    closed: Tensor | None = None,
+    *,
+    alternating: bool = False,
+    views: bool = False,
+) -> Tensor:
+    """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
+
+    x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
+    unit is `block` positions of `axis`, side by side or `alternating`. Where axis 0 of x is a multiple of the batch,
+    the positions of one sample lie together (windows, frames), or with `views` all samples of one view do. The result
+    has x's dtype: a float32 gate must not promote an output under autocast.
+    """
+    if g.shape[0] not in (1, x.shape[0]):
+        if x.shape[0] % g.shape[0]:
+            raise TaskError(
+                f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
+                "pass one label per sample, or one task for the whole batch"
+            )
+        times = x.shape[0] // g.shape[0]
+        g = g.repeat(times, 1) if views else g.repeat_interleave(times, 0)
+    g = _spread(g, x, axis, block, alternating)  # (batch or 1, 1, …, positions, …, 1)
+    if closed is None:
+        return g * x
+    return g * x + (1 - g) * _spread(closed[None], x, axis, block, alternating)
+
+
+def _spread(rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool) -> Tensor:
+    rows = rows.to(device=x.device, dtype=x.dtype)
+    if block > 1:
+        rows = rows.repeat(1, block) if alternating else rows.repeat_interleave(block, 1)
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = rows.shape
+    return rows.reshape(shape)
+
+
+class Clip(torch.autograd.Function):
+    """Clips to [0, 1]. A logit outside still gets the gradients that lead back, so that no gate is stuck."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (logits,), (grad,) = ctx.saved_tensors, grads
+        outward = ((logits > 1) & (grad < 0)) | ((logits < 0) & (grad > 0))
+        return grad.masked_fill(outward, 0)
+
+
+def chosen_units(units: object, site: Site) -> Tensor:
+    """An index, indices or booleans as a (units,) boolean tensor."""
+    wrong = f"{site.name}: expected units from 0 to {site.units - 1}, or {site.units} booleans, got {units!r}"
+    shut = torch.zeros(site.units, dtype=torch.bool)
+    try:
+        if not isinstance(units, (Tensor, str)) and hasattr(units, "__iter__"):
+            units = [x if isinstance(x, bool) else operator.index(x) for x in units]
+        chosen = units.cpu() if isinstance(units, Tensor) else torch.tensor(units)
+        if chosen.dtype == torch.bool and chosen.shape == shut.shape:
+            return chosen
+        whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+        if chosen.numel() and not (whole and -site.units <= int(chosen.min()) <= int(chosen.max()) < site.units):
+            raise SiteError(wrong)
+        shut[chosen.long()] = True
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SiteError(wrong) from error
+    return shut
+
+
+def unit_sums(x: Tensor, site: Site) -> Tensor:
+    """Sum over everything but a site's units: any tensor of the site -> (units,) float64."""
+    by_position = x.detach().movedim(site.axis, 0).flatten(1).sum(1, dtype=torch.float64)  # (units · block,)
+    grid = by_position.reshape(site.block, site.units).T if site.alternating else by_position.reshape(site.units, -1)
+    return grid.sum(1)
