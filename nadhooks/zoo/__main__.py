@@ -62,24 +62,28 @@ def _check(options: argparse.Namespace) -> int:
         console.print("nothing to do: pass PATTERN (as in 'timm:resnet*') or --all, and at least one worker")
         return 2
     rows = coverage.read(options.report) if options.report else []
-    held = set() if options.again else coverage.done(rows)
-    waiting = [spec for spec in chosen if spec not in held]
-    console.print(f"{len(chosen)} models, {len(chosen) - len(waiting)} of them in the ledger")
-    known = {row["model"]: int(row["parameters"]) for row in rows if int(row["parameters"])}
-    unknown = [spec for spec in chosen if spec not in known]
-    weights = known | dict(each(unknown, weigh, options.workers, "weighing") if waiting else [])
+    weights = {row["model"]: int(row["parameters"]) for row in rows if int(row["parameters"])}
+    weights |= dict(each([spec for spec in chosen if spec not in weights], weigh, options.workers, "weighing"))
     lightest: dict[str, str] = {}
-    for spec in sorted((spec for spec in weights if weights[spec]), key=lambda spec: weights[spec]):
+    for spec in sorted((spec for spec in weights if weights[spec] and spec in files), key=lambda spec: weights[spec]):
         lightest.setdefault(files[spec], spec)
-    jobs = {}
-    for spec in waiting:
-        light = lightest.get(files[spec]) == spec and 4 * weights.get(spec, 0) <= REAL_BYTES
-        jobs[spec] = (0 < weights.get(spec, 0) <= REAL_PARAMETERS or light, lightest.get(files[spec]) == spec)
+
+    def is_lightest(spec: str) -> bool:
+        return lightest.get(files[spec]) == spec
+
+    def for_real(spec: str) -> bool:
+        light = is_lightest(spec) and 4 * weights[spec] <= REAL_BYTES
+        return weights[spec] > 0 and (weights[spec] <= REAL_PARAMETERS or light)
+
+    held = set() if options.again else coverage.done(rows)
+    on_meta = {row["model"] for row in coverage.newest(rows) if row["ran"] == "meta"}
+    held -= {spec for spec in chosen if spec in on_meta and for_real(spec)}
     # one model of every file first, where what is wrong shows early, then the meta device, then small before large
-    order = sorted(jobs, key=lambda spec: (not jobs[spec][1], jobs[spec][0], weights.get(spec, 0)))
+    order = sorted(set(chosen) - held, key=lambda spec: (not is_lightest(spec), for_real(spec), weights[spec]))
+    console.print(f"{len(chosen)} models, {len(chosen) - len(order)} of them in the ledger")
     failed = 0
     for _, findings in each(
-        order, lambda spec: examine(spec, *jobs[spec], weights.get(spec, 0)), options.workers, "checking"
+        order, lambda spec: examine(spec, for_real(spec), is_lightest(spec), weights[spec]), options.workers, "checking"
     ):
         made = [coverage.row_of(finding) for finding in findings]
         failed += any(row["result"] == "failed" for row in made)
