@@ -20,7 +20,11 @@ console = Console(highlight=False)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    return int(options.run(options))
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        console.print("stopped; a ledger (--report) is gone on with next time")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

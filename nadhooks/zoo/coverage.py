@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,12 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     )
 
 
+def _shortened(text: str) -> str:
+    """At most 160 characters, without figures of one model."""
+    text = re.sub(r"\d+( of \d+)? (passes|units|sites)", r"\2", re.sub(r"\d+ s\b", "too long", text)).replace("|", "/")
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
 def page(rows: Sequence[Row]) -> str:
     """The coverage page in Markdown, from the newest lines of a ledger."""
     rows = newest(rows)
@@ -131,12 +138,12 @@ def page(rows: Sequence[Row]) -> str:
         absent = row["granularity"] in MAY_BE_ABSENT and row["result"] == "none"
         said = {check: row[check] for check in CHECKS if row[check] not in ("", "ok")}
         for check, text in ({} if absent else {"reason": row["reason"]} if row["reason"] else said).items():
-            notes[row["granularity"], check, text].append(row["model"])
+            notes[row["granularity"], check, _shortened(text)].append(row["model"])
     lines += [] if failed else ["Nothing failed.", ""]
     lines += ["| granularity | check | found | models |", "| --- | --- | --- | --- |"] if notes else []
     for (granularity, check, text), names in notes.items():
         shown = ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"| {granularity} | {check} | {text.replace('|', '/')} | {shown} |")
+        lines.append(f"| {granularity} | {check} | {text} | {shown} |")
     lines += [
         "",
         "## By model file",

@@ -106,5 +106,7 @@ def _quietly(pipe: Connection, work: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore")
     try:
         work()
+    except BrokenPipeError:  # nobody waits for it any more
+        pass
     except Exception as error:  # whatever a model does is a finding
         pipe.send(("problem", " ".join(f"{type(error).__name__}: {error}".split())[:300]))
