@@ -374,7 +374,9 @@ def _smallest_example(model: nn.Module) -> tuple[Any, str]:
     rescaling = getattr(model, "transform", None)
     for module in model.modules():
         if hasattr(module, "score_thresh"):
-            module.__dict__["score_thresh"] = 0.0  # an untrained detector is sure of nothing
+            module.__dict__["score_thresh"] = 0.0  # an untrained detector is sure of nothing, so that it keeps all …
+        if hasattr(module, "detections_per_img"):
+            module.__dict__["detections_per_img"] = 8  # … and its mask and keypoint heads would take minutes
     for side in (*SIZES, None):
         example = zoo.example_for(model, side)
         size = max(leaf.shape[-1] for leaf in leaves_of(example))
