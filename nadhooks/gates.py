@@ -66,6 +66,7 @@ class _SiteGate:
         gates, site = self.gates, self.site
         g = gates._active(site)
         shut = gates._shut.get(site.name)
+        g = None if g is not None and _known_open(g) else g
         changed = None if g is None and shut is None else self._gated(x, g, shut)
         if gates._watch is not None:
             gates._watch(site, x if changed is None else changed)
@@ -86,6 +87,15 @@ class _SiteGate:
             g = g.masked_fill(shut.to(g.device), 0)
         closed = gates._closed_values(site)
         return gate(x, g, site.axis, site.block, closed, alternating=site.alternating, views=site.views)
+
+
+def _known_open(g: Tensor) -> bool:
+    """All gates are open, and nobody needs their gradient: the tensor can be left as it is.
+
+    Asked on the CPU only, where it costs next to nothing; elsewhere it would wait for the device.
+    """
+    asked = not torch.is_grad_enabled() and g.device.type == "cpu" and not torch.compiler.is_compiling()
+    return asked and bool((g == 1).all())
 
 
 class _Entry:

@@ -79,6 +79,22 @@ def test_open_gates_leave_outputs_as_they_are(closed: nadhooks.gates.Closed) -> 
             assert torch.equal(model(x), bare)
 
 
+def test_open_gates_without_gradients_leave_the_very_tensor() -> None:
+    model = seeded(Mlp)
+    seen: list[Tensor] = []
+    with nadhooks.attach(model, "act", tasks=2, example=vectors()) as gates:
+        handle = model.act.register_forward_hook(lambda module, args, output: seen.append(output))
+        with torch.no_grad(), gates(0), gates.watch(lambda site, x: seen.append(x)):
+            model(vectors())
+        assert seen[0] is seen[1]
+        handle.remove()
+        with torch.no_grad():
+            gates.logits["act"][1, 2] = 0
+        with torch.no_grad(), gates(1), gates.watch(lambda site, x: seen.append(x)):
+            model(vectors())
+        assert not seen[-1][:, 2].any()
+
+
 def test_each_sample_goes_through_its_own_tasks_gates() -> None:
     model, x = seeded(Line), images()
     labels = torch.tensor([2, 0, 1, 1, 2, 0])
