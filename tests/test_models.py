@@ -45,7 +45,9 @@ def representatives() -> list[tuple[str, bool]]:
     for spec in sorted(seconds, key=lambda spec: seconds[spec]):
         if spec in files:
             installed.setdefault(files[spec], spec)
-    return [(spec, seconds[spec] < LONG) for spec in sorted(installed.values())]
+    # detectors have no meta device to go to: the slow ones stand in the ledger only
+    chosen = [spec for spec in installed.values() if seconds[spec] < 2 * LONG or ".detection." not in files[spec]]
+    return [(spec, seconds[spec] < LONG) for spec in sorted(chosen)]
 
 
 @pytest.mark.parametrize(("spec", "real"), representatives())
