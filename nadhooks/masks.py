@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from .errors import MaskFileError, SiteError, TaskError
 from .formats import mask_file
+from .formats.mask_file import StoredValues
 from .sites import Site
 from .tasks import Label, Tasks
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,10 @@ class Masks:
 
     sites: in firing order. values: {site: (tasks, units) in [0, 1]}, also `masks[site]`. wiring: the directed acyclic
     graph of data flow between sites. closed: what a closed unit puts out, "zero" or "mean"; means: {site: (units,)}
-    for the latter. provenance: where the masks came from, values that JSON knows.
+    for the latter. provenance: where the masks came from, values that JSON knows. quality: {measure: (tasks,)}, what
+    was measured with them, such as "recall".
+
+    Masks that `load` opened read their values from the file whenever they are asked for, and no more of it than that.
     """
 
     sites: tuple[Site, ...]
@@ -38,8 +39,13 @@ class Masks:
     closed: Literal["zero", "mean"] = "zero"
     means: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("means", "provenance", "quality"):  # frozen all the way: read-only copies
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        if isinstance(self.values, StoredValues):  # which was checked when it was read
+            return
         for site in self.sites:
             value = self.values.get(site.name)
             if value is None or tuple(value.shape) != (len(self.task_rows), site.units):
@@ -55,10 +61,12 @@ class Masks:
             mean = self.means.get(site.name)
             if mean is None or tuple(mean.shape) != (site.units,):
                 raise SiteError(f"{site.name}: closed='mean' needs the units' means, shape ({site.units},)")
-        # frozen all the way: mappings are read-only copies in site order
+        for name, measure in self.quality.items():
+            if tuple(measure.shape) != (len(self.task_rows),):
+                raise TaskError(
+                    f"quality: expected {name} of shape ({len(self.task_rows)},), got {tuple(measure.shape)}"
+                )
         object.__setattr__(self, "values", MappingProxyType({s.name: self.values[s.name] for s in self.sites}))
-        object.__setattr__(self, "means", MappingProxyType(dict(self.means)))
-        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     # --- reading ---
 
@@ -95,15 +103,13 @@ class Masks:
             and self.task_rows == other.task_rows
             and self.closed == other.closed
             and set(self.wiring.edges) == set(other.wiring.edges)
-            and all(torch.equal(self.values[name], other.values[name]) for name in self.values)
-            and self.means.keys() == other.means.keys()
-            and all(torch.equal(self.means[name], other.means[name]) for name in self.means)
+            and _same_tables(self.means, other.means)
+            and _same_tables(self.values, other.values)
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Read-only mappings neither pickle nor copy; what they were made from does."""
-        values, means, origin = dict(self.values), dict(self.means), dict(self.provenance)
-        return Masks, (self.sites, values, self.task_rows, self.wiring, self.closed, means, origin)
+        return Masks, tuple(dict(part) if isinstance(part, Mapping) else part for part in self.parts())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -116,8 +122,11 @@ class Masks:
 
     def kept(self) -> Tensor:
         """(tasks,) share of all units whose gate is above 0.5."""
-        kept = torch.stack([(value > 0.5).sum(1) for value in self.values.values()]).sum(0)
-        return kept / self.units
+        return torch.stack([self.kept_units(name).sum(1) for name in self.values]).sum(0) / self.units
+
+    def kept_units(self, site: str) -> Tensor:
+        """(tasks, units) booleans: the units of one site whose gate is above 0.5."""
+        return self.values.kept(site) if isinstance(self.values, StoredValues) else self[site] > 0.5
 
     def jaccard(self) -> Tensor:
         """(tasks, tasks) similarity: the mean over sites of |A∩B| / |A∪B| of the units kept (gate > 0.5).
@@ -125,12 +134,26 @@ class Masks:
         Hu et al., ICCV 2021; authors' similarSubArch.py, but two empty sets are equal (1) here and NaN there.
         """
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
-        for value in self.values.values():
-            kept = (value > 0.5).double()  # (tasks, units)
+        for name in self.values:
+            kept = self.kept_units(name).float()  # (tasks, units); counts of up to 2**24 units are exact
             both = kept @ kept.T
             either = kept.sum(1)[:, None] + kept.sum(1)[None] - both
-            total += torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both))
+            total += torch.where(either > 0, both.double() / either.clamp(min=1), torch.ones_like(total))
         return total / len(self.sites)
+
+    def agreement(self, other: Masks) -> dict[str, Tensor]:
+        """{site: (tasks,) |A∩B| / |A∪B|} with other masks, task by task (1 where neither keeps a unit of the site).
+
+        For the sites that both have, and the tasks of `self`, all of which the other must have.
+        """
+        other, shared = other.select(self.labels), {site.name: site.units for site in other.sites}
+        found = {}
+        for site in self.sites:
+            if shared.get(site.name) == site.units:
+                a, b = self.kept_units(site.name), other.kept_units(site.name)
+                either = (a | b).sum(1).double()
+                found[site.name] = torch.where(either > 0, (a & b).sum(1) / either.clamp(min=1), 1.0)
+        return found
 
     # --- making others ---
 
@@ -144,7 +167,39 @@ class Masks:
         rows = [self.task_rows.row(task) for task in ([tasks] if alone else list(tasks))]  # type: ignore[call-overload]
         if not rows:
             raise TaskError("select: expected at least one task, got none")
-        return self.replaced({name: value[rows] for name, value in self.values.items()}, self.task_rows.select(rows))
+        values: Mapping[str, Tensor] = (
+            self.values.take(rows)
+            if isinstance(self.values, StoredValues)
+            else {name: value[rows] for name, value in self.values.items()}
+        )
+        quality = {name: measure[rows] for name, measure in self.quality.items()}
+        return self.replaced(values, self.task_rows.select(rows), quality=quality)
+
+    def renamed(self, names: Mapping[str, str] | Callable[[str], str]) -> Masks:
+        """The same masks for a model that calls its modules otherwise.
+
+        names: {module: its name there}, or a function from the one to the other. Other modules keep their names.
+        Raises SiteError for a module that no site has, and where two sites would have one name.
+        """
+        if not callable(names):
+            unknown = [name for name in names if name not in {site.module for site in self.sites}]
+            if unknown:
+                raise SiteError(f"no site at module {unknown[0]!r}: the sites are {', '.join(self.values)}")
+        new = {site.name: _named(site, names) for site in self.sites}
+        to = {old: site.name for old, site in new.items()}
+        if len(set(to.values())) < len(to):
+            raise SiteError("renamed: two sites would have one name")
+        behind = {to.get(name, name): count for name, count in self.provenance.get("parameters_behind", {}).items()}
+        return Masks(
+            tuple(new.values()),
+            {to[name]: value for name, value in self.values.items()},
+            self.task_rows,
+            nx.freeze(nx.relabel_nodes(self.wiring, to)),
+            self.closed,
+            {to[name]: mean for name, mean in self.means.items()},
+            {**self.provenance, **({"parameters_behind": behind} if behind else {})},
+            self.quality,
+        )
 
     def __and__(self, other: Masks) -> Masks:
         """What both keep, task by task (the smaller gate). The second may be of one task, which meets every other."""
@@ -168,115 +223,99 @@ class Masks:
 
     def replaced(
         self,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None = None,
         tasks: Tasks | None = None,
         provenance: Mapping[str, Any] | None = None,
+        quality: Mapping[str, Tensor] | None = None,
     ) -> Masks:
-        """The same sites, wiring and closed values with other values, and other tasks and origin if given."""
+        """The same sites, wiring and closed values with other values, tasks, origin or measures, as far as given.
+
+        Other values have no measured quality unless it is given too.
+        """
         origin = self.provenance if provenance is None else provenance
-        return Masks(self.sites, values, tasks or self.task_rows, self.wiring, self.closed, self.means, origin)
+        measured = (self.quality if values is None else {}) if quality is None else quality
+        values, tasks = self.values if values is None else values, tasks or self.task_rows
+        return Masks(self.sites, values, tasks, self.wiring, self.closed, self.means, origin, measured)
 
     # --- files ---
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes a mask file (safetensors): complete or not at all. Hard masks take a byte per unit, soft ones four."""
-        mask_file.write(path, *self.to_parts())
+        """Writes a mask file (safetensors): complete or not at all. Hard masks take a bit per unit, soft ones 32.
 
-    def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a mask file holds: a header that JSON knows, and tensors by name."""
-        header = {
-            "format": FORMAT_VERSION,
-            "sites": [_fields(site) for site in self.sites],
-            "tasks": [{"label": label, "name": name} for label, name in zip(self.labels, self.tasks, strict=True)],
-            "wiring": [
-                {"source": source, "target": target, **data} for source, target, data in self.wiring.edges(data=True)
-            ],
-            "closed": self.closed,
-            "provenance": json.loads(json.dumps(dict(self.provenance), default=str)),
-        }
-        tensors = {}
-        for site in self.sites:
-            value = self.values[site.name].detach().cpu()
-            hard = bool(((value == 0) | (value == 1)).all())
-            tensors[f"mask/{site.name}"] = (value.bool() if hard else value).contiguous()
-        tensors |= {f"mean/{name}": mean.detach().cpu().contiguous() for name, mean in self.means.items()}
-        return header, tensors
+        Raises MaskFileError where it cannot be written.
+        """
+        mask_file.write(path, self.parts())
 
-    @classmethod
-    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Masks:
-        """The inverse of `to_parts`. Raises MaskFileError for anything that `to_parts` could not have made."""
-        version = header.get("format")
-        if version != FORMAT_VERSION:
-            raise MaskFileError(
-                f"expected mask file format {FORMAT_VERSION}, got {version!r}; a newer nadhooks may read it"
-            )
-        try:
-            sites = tuple(_site(site) for site in header["sites"])
-            if not sites or len({site.name for site in sites}) < len(sites):
-                raise MaskFileError("not a valid mask file: it names no site, or one twice")
-            names = {task["label"]: task["name"] for task in header["tasks"]}
-            if len(names) < len(header["tasks"]) or not all(isinstance(name, str) for name in names.values()):
-                raise MaskFileError("not a valid mask file: a task without a name, or one twice")
-            tasks = Tasks.of(names)
-            values = {}
-            for site in sites:
-                value = tensors[f"mask/{site.name}"]
-                values[site.name] = value.float() if value.dtype == torch.bool else value
-            means = {site.name: tensors[f"mean/{site.name}"] for site in sites} if header["closed"] == "mean" else {}
-            return cls(sites, values, tasks, _wiring(header, sites), header["closed"], means, header["provenance"])
-        except (KeyError, TypeError, ValueError, AttributeError, SiteError, TaskError) as error:
-            raise MaskFileError(f"not a valid mask file: {type(error).__name__}: {error}") from error
+    def parts(self) -> mask_file.Parts:
+        """What a mask file holds."""
+        return mask_file.Parts(*(getattr(self, name) for name in mask_file.Parts._fields))
 
 
 def load(path: str | PathLike[str]) -> Masks:
-    """Reads a mask file. No code in the file can run. Raises MaskFileError for any other file."""
+    """Opens a mask file; gates are read from it when they are asked for. No code in the file can run.
+
+    Raises MaskFileError for any other file, at once or, for gates that are out of range, when they are read.
+    """
     if not isinstance(path, (str, PathLike)):
         raise MaskFileError(f"expected the path of a mask file, got {path!r}")
     try:
-        return Masks.from_parts(*mask_file.read(path))
+        return Masks(*mask_file.read(path))
     except MaskFileError as error:
         raise MaskFileError(f"{path}: {error}") from error.__cause__
+
+
+def merge(parts: Sequence[Masks]) -> Masks:
+    """The tasks of several masks of one model, one after the other: shards of a long run, say.
+
+    They must agree in sites, wiring and closed values and have no task in common. What their provenance shares stays;
+    where it differs, `merged` lists each one's own. Of measured quality stays what all have.
+
+    Raises TaskError for a task that is there twice, SiteError for masks that do not fit each other.
+    """
+    if not parts:
+        raise TaskError("merge: expected at least one, got none")
+    first = parts[0]
+    for other in parts[1:]:
+        check_same_sites(other.sites, first.sites, "merge masks of one model and one choice of sites")
+        if set(other.wiring.edges) != set(first.wiring.edges):
+            raise SiteError("expected masks of one wiring, got another; merge masks of one model")
+        if other.closed != first.closed or not _same_tables(other.means, first.means):
+            raise SiteError(
+                "expected closed units that put out the same; masks learnt apart from each other on other "
+                "data have other means"
+            )
+    tasks = Tasks(
+        tuple(label for each in parts for label in each.labels),
+        tuple(name for each in parts for name in each.tasks),
+        tuple(chain.from_iterable(each.task_rows.wordnet or [""] * len(each) for each in parts)),
+    )
+    values = {name: torch.cat([each[name] for each in parts]) for name in first.values}
+    measures = [name for name in first.quality if all(name in each.quality for each in parts)]
+    quality = {name: torch.cat([each.quality[name] for each in parts]) for name in measures}
+    shared = {k: v for k, v in first.provenance.items() if all(each.provenance.get(k) == v for each in parts)}
+    own = [{k: v for k, v in each.provenance.items() if k not in shared} for each in parts]
+    return first.replaced(values, tasks, {**shared, "merged": own} if any(own) else shared, quality)
 
 
 def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str) -> None:
     """Raises SiteError that names the first site that differs."""
     for ours, theirs in zip(expected, got, strict=False):
         if ours != theirs:
-            raise SiteError(f"the sites differ: expected {_described(ours)}, got {_described(theirs)}; {remedy}")
+            raise SiteError(f"the sites differ: expected {described(ours)}, got {described(theirs)}; {remedy}")
     if len(got) != len(expected):
         raise SiteError(f"the sites differ: expected {len(expected)} sites, got {len(got)}; {remedy}")
 
 
-def _fields(site: Site) -> dict[str, Any]:
-    return {each.name: getattr(site, each.name) for each in dataclasses.fields(site) if each.compare}
-
-
-def _site(fields: Mapping[str, Any]) -> Site:
-    """A site as a file describes it, with every field of its own kind."""
-    if set(fields) - {each.name for each in dataclasses.fields(Site) if each.compare}:
-        raise ValueError(f"not a site: {fields!r}")
-    site = Site(**fields)
-    words = isinstance(site.name, str) and isinstance(site.module, str) and site.side in ("input", "output")
-    numbers = all(type(n) is int and n > 0 for n in (site.axis, site.units, site.block))
-    leaf = site.leaf is None or type(site.leaf) is int
-    if not (words and numbers and leaf and type(site.alternating) is bool):
-        raise ValueError(f"not a site: {fields!r}")
-    return site
-
-
-def _described(site: Site) -> str:
+def described(site: Site) -> str:
     return f"{site.name} ({site.units} units on axis {site.axis})"
 
 
-def _wiring(header: Mapping[str, Any], sites: Sequence[Site]) -> nx.DiGraph:
-    graph = nx.DiGraph()
-    graph.add_nodes_from(["input", *(site.name for site in sites), "output"])
-    for edge in header["wiring"]:
-        data = dict(edge)
-        source, target = data.pop("source"), data.pop("target")
-        if source not in graph or target not in graph:
-            raise MaskFileError(f"the wiring names {source!r} -> {target!r}, which are not both sites")
-        graph.add_edge(source, target, **data)
-    if not nx.is_directed_acyclic_graph(graph):
-        raise MaskFileError("the wiring has a cycle")
-    return nx.freeze(graph)
+def _same_tables(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].shape == b[name].shape and bool((a[name] == b[name]).all()) for name in a
+    )
+
+
+def _named(site: Site, names: Mapping[str, str] | Callable[[str], str]) -> Site:
+    module = names(site.module) if callable(names) else names.get(site.module, site.module)
+    return replace(site, module=module, name=module + site.name.removeprefix(site.module))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,16 +13,22 @@ from torch import Tensor
 
 from .errors import TaskError
 
+# no control characters, halves of surrogate pairs and marks that turn the direction of writing, for names are printed,
+# drawn and put into files
+TEXT = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
+LONGEST = 1_000  # characters of a name
+
 Label = int | str
 TaskSpec = int | Sequence[Label] | Mapping[Label, str]
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Labels and names of tasks, in the order of the masks' rows."""
+    """Labels and names of tasks, in the order of the masks' rows; for ImageNet's classes their WordNet ids too."""
 
     labels: tuple[Label, ...]
     names: tuple[str, ...]
+    wordnet: tuple[str, ...] = field(default=(), compare=False)  # none, or one for each task, empty where unknown
 
     def __post_init__(self) -> None:
         if not self.labels:
@@ -30,6 +37,14 @@ class Tasks:
             if len(set(values)) != len(values):
                 double = next(value for value in values if values.count(value) > 1)
                 raise TaskError(f"expected every task {kind} once, got {double!r} several times")
+            for value in values:
+                if isinstance(value, str) and (len(value) > LONGEST or not TEXT.fullmatch(value)):
+                    raise TaskError(
+                        f"expected a task {kind} of at most {LONGEST} characters, none of them control characters, "
+                        f"got {ascii(value)[:60]}"
+                    )
+        if self.wordnet and len(self.wordnet) != len(self.labels):
+            raise TaskError(f"expected a WordNet id for each of {len(self)} tasks, got {len(self.wordnet)}")
 
     @classmethod
     def of(cls, tasks: TaskSpec) -> Tasks:
@@ -84,7 +99,8 @@ class Tasks:
         return torch.tensor(rows, dtype=torch.long)
 
     def select(self, rows: Sequence[int]) -> Tasks:
-        return Tasks(tuple(self.labels[row] for row in rows), tuple(self.names[row] for row in rows))
+        labels, names = (tuple(values[row] for row in rows) for values in (self.labels, self.names))
+        return Tasks(labels, names, tuple(self.wordnet[row] for row in rows) if self.wordnet else ())  # type: ignore[arg-type]
 
     def _expected(self) -> str:
         shown = [

@@ -8,11 +8,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
     {"errors", "_version", "nesting", "functional", "formats.writing"},
-    {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
+    {"tasks", "tracing", "zoo", "objectives", "formats.container", "data"},
     {"structure", "methods"},
     {"sites"},
-    {"hooking", "gating", "masks", "sampling"},
-    {"wiring"},
+    {"hooking", "gating", "formats.mask_file", "sampling"},
+    {"masks"},
+    {"wiring", "identity"},
     {"gates", "flow", "formats.dot"},
     {"learning", "formats"},
     {"evaluation.recognition"},

@@ -1,21 +1,14 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import pickle
-from pathlib import Path
 
 import networkx as nx
 import pytest
-import safetensors.torch
 import torch
 
-import nadhooks
-from nadhooks.errors import MaskFileError, SiteError, TaskError
-from nadhooks.formats import mask_file
-from nadhooks.formats.writing import write_bytes
-from nadhooks.masks import Masks
+from nadhooks.errors import SiteError, TaskError
+from nadhooks.masks import Masks, merge
 from nadhooks.sites import Site
 from nadhooks.tasks import Tasks
 
@@ -107,97 +100,53 @@ def test_masks_are_read_only_and_copy() -> None:
     assert copy.deepcopy(THREE) == pickle.loads(pickle.dumps(THREE)) == THREE
 
 
-def test_files_give_back_what_was_saved(tmp_path: Path) -> None:
-    means = {"a": torch.randn(4), "b@input": torch.randn(2)}
-    soft = masks([[0.25, 0.5, 1, 0]], [[1, 0]], closed="mean", means=means, provenance={"method": "x", "n": [1, 2]})
-    for each in (soft, THREE):
-        each.save(tmp_path / "m.safetensors")
-        again = nadhooks.load(tmp_path / "m.safetensors")
-        assert again == each
-        assert dict(again.provenance) == dict(each.provenance)
-        assert list(again.wiring.edges(data=True)) == list(each.wiring.edges(data=True))
-    assert os.listdir(tmp_path) == ["m.safetensors"]
+def test_names_that_cannot_be_printed_are_refused() -> None:
+    for name in ("a\nb", "\x1b[31m", "x" * 1001, "\ud800", "\u202egnp.exe"):
+        with pytest.raises(TaskError, match="none of them control characters"):
+            Tasks.of({0: name})
+    assert Tasks.of({0: "Zwölf – 猫 🐈"}).names == ("Zwölf – 猫 🐈",)
 
 
-def test_files_are_safetensors_with_one_json_key_and_the_same_bytes_each_time(tmp_path: Path) -> None:
-    data = mask_file.to_bytes(*THREE.to_parts())
-    assert data == mask_file.to_bytes(*copy.deepcopy(THREE).to_parts())
-    assert mask_file.to_bytes(*mask_file.from_bytes(data)) == data
-    (tmp_path / "m").write_bytes(data)
-    with safetensors.safe_open(tmp_path / "m", "pt") as file:
-        assert list(file.metadata()) == ["nadhooks"]
-        assert json.loads(file.metadata()["nadhooks"])["tasks"][1] == {"label": 1, "name": "t1"}
-        assert file.get_tensor("mask/a").dtype == torch.bool  # hard masks take a byte per unit
+def test_quality_goes_with_its_tasks_and_not_with_other_values() -> None:
+    measured = THREE.replaced(quality={"recall": torch.tensor([0.1, 0.2, 0.3])})
+    assert measured.select(["t2", "t0"]).quality["recall"].tolist() == pytest.approx([0.3, 0.1])
+    assert not measured.hard().quality
+    with pytest.raises(TaskError, match=r"expected recall of shape \(3,\), got \(2,\)"):
+        THREE.replaced(quality={"recall": torch.zeros(2)})
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    whole = mask_file.to_bytes(*THREE.to_parts())
-    path = tmp_path / "m.safetensors"
-    cases = {
-        b"": "safetensors",
-        b"hello": "safetensors",
-        whole[:-3]: "safetensors",
-        whole[: len(whole) // 2]: "safetensors",
-        safetensors.torch.save({"a": torch.zeros(2)}): "metadata key 'nadhooks'",
-        safetensors.torch.save({"a": torch.zeros(2)}, {"nadhooks": "{"}): "expected JSON",
-        safetensors.torch.save({"a": torch.zeros(2)}, {"nadhooks": "[]"}): "a JSON object",
-        safetensors.torch.save({"a": torch.zeros(2)}, {"nadhooks": "{}"}): "expected mask file format 1, got None",
-        safetensors.torch.save({"a": torch.zeros(2)}, {"nadhooks": '{"format": 99}'}): "format 1, got 99; a newer",
-        safetensors.torch.save({"a": torch.zeros(2)}, {"nadhooks": '{"format": 1}'}): "not a valid mask file: KeyError",
-    }
-    for data, message in cases.items():
-        path.write_bytes(data)
-        with pytest.raises(MaskFileError, match=message):
-            nadhooks.load(path)
-    with pytest.raises(MaskFileError, match="No such file"):
-        nadhooks.load(tmp_path / "missing")
-    with pytest.raises(MaskFileError, match="directory"):
-        nadhooks.load(tmp_path)
-    with pytest.raises(MaskFileError, match="expected the path of a mask file, got None"):
-        nadhooks.load(None)  # type: ignore[arg-type]
+def test_renamed_masks_fit_a_model_with_other_names() -> None:
+    from_other = THREE.renamed({"b": "stages.1"})
+    assert [site.name for site in from_other.sites] == ["a", "stages.1@input"]
+    assert from_other.sites[1].module == "stages.1"
+    assert set(from_other.wiring.edges) == {("input", "a"), ("a", "stages.1@input"), ("stages.1@input", "output")}
+    assert torch.equal(from_other["stages.1@input"], THREE["b@input"])
+    assert THREE.renamed(lambda name: f"module.{name}").sites[0].name == "module.a"
+    with pytest.raises(SiteError, match="no site at module 'c': the sites are a, b@input"):
+        THREE.renamed({"c": "d"})
+    with pytest.raises(SiteError, match="two sites would have one name"):
+        masks([[0, 0, 0, 0]], [[0, 0]]).renamed({"a": "b@input", "b": "b"})
 
 
-def test_headers_that_contradict_themselves_are_refused() -> None:
-    def changed(**changes: object) -> None:
-        header, tensors = THREE.to_parts()
-        with pytest.raises(MaskFileError):
-            Masks.from_parts({**header, **changes}, tensors)
-
-    changed(sites=[])
-    changed(sites=[{"name": "a"}])
-    changed(sites=[vars(SITES[0])] * 2)
-    for field, value in (("axis", "q"), ("axis", 0), ("side", "left"), ("leaf", "q"), ("units", 4.0), ("name", 3)):
-        changed(sites=[{**vars(SITES[0]), field: value}, vars(SITES[1])])
-    changed(provenance="abc")
-    changed(wiring=["ab"])
-    changed(tasks=[{"label": index, "name": None} for index in range(3)])
-    changed(tasks=[{"label": index + 0.5, "name": str(index)} for index in range(3)])
-    changed(tasks=[])
-    changed(tasks=[{"label": 0, "name": "x"}] * 3)
-    changed(closed="mean")
-    changed(closed="maybe")
-    changed(wiring=[{"source": "input", "target": "zzz"}])
-    changed(wiring=[{"source": "a", "target": "b@input"}, {"source": "b@input", "target": "a"}])
+def test_merged_masks_have_all_tasks_and_what_their_origins_share() -> None:
+    one = THREE.select(["t0"]).replaced(provenance={"model": "m", "seed": 1}, quality={"auc": torch.tensor([0.9])})
+    two = THREE.select(["t2", "t1"]).replaced(provenance={"model": "m", "seed": 2}, quality={"auc": torch.ones(2)})
+    both = merge([one, two])
+    assert both.labels == (0, 2, 1)
+    assert both.select([0, 1, 2]) == THREE
+    assert both.provenance == {"model": "m", "merged": [{"seed": 1}, {"seed": 2}]}
+    assert both.quality["auc"].tolist() == pytest.approx([0.9, 1, 1])
+    assert "merged" not in merge([one, one.replaced(tasks=Tasks.of({7: "x"}))]).provenance
+    with pytest.raises(TaskError, match="every task label once, got 0"):
+        merge([one, THREE])
+    with pytest.raises(SiteError, match="closed units"):
+        merge([one, masks([[0] * 4], [[0] * 2], closed="mean", means={"a": torch.ones(4), "b@input": torch.ones(2)})])
+    with pytest.raises(TaskError, match="at least one"):
+        merge([])
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "m.safetensors"
-    THREE.save(path)
-    before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MaskFileError, match=r"cannot write .*: No space left on device"):
-        THREE.select("t0").save(path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["m.safetensors"]
-    with pytest.raises(MaskFileError, match="cannot write"):
-        THREE.save(tmp_path / "no" / "m.safetensors")
-
-
-def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
-    write_bytes(tmp_path / "ours", b"x")
-    (tmp_path / "theirs").write_bytes(b"x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+def test_agreement_is_jaccard_site_by_site_and_task_by_task() -> None:
+    other = masks([[1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]], [[0, 1], [0, 0], [1, 1]])
+    found = THREE.agreement(other.select([2, 1, 0]))  # tasks meet by label
+    assert found["a"].tolist() == [0.5, 1, 1]
+    assert found["b@input"].tolist() == [0, 1, 0]
