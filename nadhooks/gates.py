@@ -17,7 +17,8 @@ from ._version import __version__
 from .errors import ModelError, NadhooksError, SiteError, TaskError
 from .gating import Clip, chosen_units, gate, unit_sums
 from .hooking import Handle, on_site
-from .masks import Masks, check_same_sites
+from .identity import structure_of, unlike, without_wrappers
+from .masks import Masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
 from .tracing import Trace, call_model, parameters_behind, samples_in, trace, undisturbed
@@ -291,27 +292,52 @@ class Gates:
 
     def masks_of(self, tasks: Tasks, values: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Masks:
         """Masks of these gates' sites with other tasks and values {site: (tasks, units)}."""
-        origin = {"model": self._model_name, "nadhooks": __version__, "torch": str(torch.__version__)}
+        origin = {
+            "model": self._model_name,
+            "structure": structure_of(self.sites, self.parameters_behind),
+            "parameters_behind": dict(self.parameters_behind),
+            "libraries": {"nadhooks": __version__, **zoo.versions()},
+        }
         means = {name: mean.cpu() for name, mean in self.means.items()} if self.closed == "mean" else {}
         return Masks(self.sites, values, tasks, self.wiring, self.closed, means, origin | dict(provenance))
 
-    def load(self, masks: Masks) -> None:
+    def load(self, masks: Masks, *, strict: bool = True) -> dict[str, str]:
         """Sets every gate to exactly the mask's value, and tasks and closed values to those of the masks.
 
+        strict: the masks must be of these sites, with as many parameters behind each. Otherwise the sites that have
+            the same name, axis and units are loaded, gates elsewhere are open, and {site: how it differs} is returned,
+            empty where all was loaded as it was learnt.
+
+        Names may differ by the prefix of DataParallel, DDP or torch.compile; for other names see `masks.renamed`.
         Optimisers keep working if the tasks are as many as before; otherwise the logits are new parameters.
-        Raises SiteError when the masks belong to other sites.
+        Raises SiteError where the masks do not fit.
         """
         if not isinstance(masks, Masks):
             raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
-        check_same_sites(masks.sites, self.sites, "attach with sites=masks.sites, or load the masks of this model")
+        masks = without_wrappers(masks, self.sites)
+        differ = unlike(masks, self.sites, self.parameters_behind)
+        fitting = [site for site in self.sites if site in masks.sites]
+        if differ and (strict or not fitting):
+            first, *others = differ.values()
+            more = f" (and {len(others)} more)" if others else ""
+            remedy = ", or load what fits with strict=False" if fitting else ""
+            raise SiteError(
+                f"the masks do not fit this model: {next(iter(differ))}: {first}{more}; attach with sites=masks.sites, "
+                f"load the masks of this model, give sites other names with masks.renamed{remedy}"
+            )
+        tables = {site.name: masks[site.name] for site in fitting}  # a damaged file is found here, before any change
         if len(masks.tasks) != len(self.task_rows):
             self._set_tasks(masks.task_rows)
         self.task_rows = masks.task_rows
         with torch.no_grad():
             for site in self.sites:
-                self.logits[site.name].copy_(masks[site.name])
+                logits = self.logits[site.name]
+                logits.copy_(tables[site.name]) if site.name in tables else logits.fill_(1)
         self.closed = masks.closed
-        self.means = dict(masks.means)
+        # units of gates that stay open never put out their means
+        means = {site.name: masks.means.get(site.name, torch.zeros(site.units)) for site in self.sites}
+        self.means = means if masks.closed == "mean" else {}
+        return differ
 
     # --- hooks ---
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import LearningError, ModelError, NadhooksError
 from .gates import Closed, Gates, attach, check_closed
+from .identity import weights_of
 from .masks import Masks
 from .methods import METHODS, Method, Objective, Pass, Step, Table, from_objective, kept_share
 from .sampling import Batch, Data, Pool, balanced_batches, generator, own_batches, peek
@@ -85,6 +86,7 @@ def learn(
                 "keep": keep,
                 "seed": seed,
                 "sites": gates.chosen_by,
+                **({"weights": weights} if (weights := weights_of(model)) else {}),
             }
             return gates.masks_of(known, values, provenance)
 
