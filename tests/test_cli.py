@@ -212,7 +212,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, mask_file: Path
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupt)
+    monkeypatch.setattr(cli.files, "load", interrupt)
     assert run("inspect", str(mask_file)) == 130
 
 
@@ -266,3 +266,120 @@ def test_the_similarity_picture_grows_with_the_names_in_it() -> None:
 
     assert width("a", "b") > 100  # points, the title
     assert width("great white shark, man-eater", "b") > width("great white", "b") + 50
+
+
+@pytest.fixture(scope="module")
+def measured_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masks of a network of fixed weights, with the quality that `learn` measured."""
+    folder = tmp_path_factory.mktemp("measured")
+    torch.manual_seed(0)
+    nadhooks.zoo.load_model(MODEL)
+    weights = folder / "w.pt"
+    torch.save(nadhooks.zoo.load_model(MODEL).state_dict(), weights)
+    arguments = ["--weights", str(weights), "--tasks", "3", "5", "--sites", "layer[34].*", "-o", str(folder / "m")]
+    assert run(*LEARN, *arguments) == 0
+    return folder / "m"
+
+
+def test_verify_finds_what_the_file_states(measured_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = nadhooks.load(measured_file)
+    assert set(masks.quality) == {"recall", "fpr", "auc", "fpr95"}
+    assert masks.provenance["quality"]["images"] == 360  # a fifth of the digits
+    weights = ["--weights", str(measured_file.parent / "w.pt")]
+    verify = ["verify", str(measured_file), "--image-size", "32", "--data", "digits", "--device", "cpu"]
+    assert run(*verify, *weights) == 0
+    shown = capsys.readouterr().out
+    assert "the same" in shown
+    assert "as stated, within 0.02, on 360 images of digits" in shown
+    shifted = masks.replaced(quality={**masks.quality, "auc": masks.quality["auc"] - 0.1})
+    shifted.save("shifted")
+    assert run("verify", "shifted", *verify[2:], *weights) == 1
+    assert "the mean of AUC is not within 0.02 of what the file states" in capsys.readouterr().err
+    masks.replaced(quality={}).save("silent")
+    assert run("verify", "silent", *verify[2:]) == 1
+    assert "states no quality" in capsys.readouterr().err
+
+
+def test_inspect_shows_everything_and_prints_it_for_programs(
+    measured_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", str(measured_file)) == 0
+    shown = capsys.readouterr().out
+    for word in ("structure: sha256:", "weights: sha256:", '"torch":', "recall", "AUC", "fed by", "contrastive"):
+        assert word in shown
+    assert run("inspect", str(measured_file), "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    masks = nadhooks.load(measured_file)
+    assert [task["label"] for task in described["tasks"]] == [3, 5]
+    assert described["tasks"][0]["auc"] == pytest.approx(float(masks.quality["auc"][0]))
+    assert [site["name"] for site in described["sites"]] == [site.name for site in masks.sites]
+    assert described["provenance"] == dict(masks.provenance)
+
+
+def test_select_and_merge_are_inverse_and_diff_says_so(measured_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(measured_file)
+    assert run("select", path, "5", "-o", "five") == 0
+    assert run("select", path, "3", "-o", "three") == 0
+    assert run("merge", "three", "five", "-o", "both") == 0
+    assert nadhooks.load("both") == nadhooks.load(path)
+    capsys.readouterr()
+    assert run("diff", "both", path) == 0
+    assert "the same tasks, sites, wiring, gates and closed values" in capsys.readouterr().out
+    assert run("merge", "three", "both", "-o", "none") == 1
+    assert "every task label once, got 3" in capsys.readouterr().err
+    assert not Path("none").exists()
+    assert run("diff", "three", "five") == 1
+    shown = capsys.readouterr()
+    assert "tasks only here: 3" in shown.out
+    assert "no task in common" in shown.err
+    assert run("select", path, "7", "-o", "seven") == 1
+    assert "unknown task 7" in capsys.readouterr().err
+
+
+def test_diff_counts_what_two_files_share(capsys: pytest.CaptureFixture[str]) -> None:
+    THREE.save("a")
+    other = {**THREE.values, "a": THREE["a"].flip(1)}
+    THREE.replaced(other, provenance={"seed": 2}).save("b")
+    assert run("diff", "a", "b", "--rows", "2") == 0
+    shown = capsys.readouterr().out
+    assert "seed: (none) | 2" in shown
+    assert re.search(r"a +4 +33% +33% +0\.333", shown)  # {0,1} and {2,3}, {0,2} and {1,3}, {} and {}
+    assert re.search(r"b@input +2 +17% +17% +1\.000", shown)
+    assert re.search(r"t0 .* 0\.500", shown)
+    assert "… 1 more tasks, which the mean includes (--rows 3)" in shown
+
+
+def checkpoints(folder: Path, sizes: list[int]) -> None:
+    """As the authors' findpath.py leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    for label in (0, 2):
+        (folder / f"{label:03d}").mkdir(parents=True)
+        for epoch in (0, 1):
+            logits = {
+                f"mask.{index}": torch.nn.Parameter(torch.randn(1, size, 1, 1, generator=generator))
+                for index, size in enumerate(sizes)
+            }
+            torch.save(logits, folder / f"{label:03d}" / f"net_iter{epoch:03d}.pth")
+
+
+def test_the_authors_checkpoints_become_a_mask_file(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints(Path("checkpoint"), [8] * 8)
+    assert run("convert", "checkpoint", MODEL, "-o", "m") == 0
+    masks = nadhooks.load("m")
+    assert masks.labels == (0, 2)
+    assert masks.provenance["model"] == MODEL
+    last = torch.load("checkpoint/002/net_iter001.pth", weights_only=True)
+    torch.testing.assert_close(masks["layer4.1"][1], last["mask.7"].detach().flatten().sigmoid())
+    assert run("convert", "checkpoint", MODEL, "-o", "m", "--epoch", "0") == 0
+    assert nadhooks.load("m") != masks
+    for arguments, message in (
+        (["checkpoint", MODEL, "--epoch", "7"], "expected net_iter007.pth, found epochs [0, 1]"),
+        (["checkpoint", MODEL, "--sites", "layer1.*"], "they differ from number 2 on"),
+        (["checkpoint/000", MODEL], "expected folders named by class numbers"),
+        (["nowhere", MODEL], "expected a folder with a folder for each class"),
+    ):
+        assert run("convert", *arguments, "-o", "m") == 1
+        assert message in capsys.readouterr().err
+    torch.save({"mask.0": torch.nn.Linear(1, 1)}, "checkpoint/000/net_iter001.pth")  # pickled code
+    assert run("convert", "checkpoint", MODEL, "-o", "m") == 1
+    assert "not a checkpoint that can be read safely" in capsys.readouterr().err

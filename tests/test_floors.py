@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
     {"errors", "_version", "nesting", "functional", "formats.writing"},
-    {"tasks", "tracing", "zoo", "objectives", "formats.container", "data"},
+    {"tasks", "tracing", "zoo", "objectives", "formats.container", "formats.authors", "data"},
     {"structure", "methods"},
     {"sites"},
     {"hooking", "gating", "formats.mask_file", "sampling"},
@@ -18,7 +18,10 @@ FLOORS = [
     {"learning", "formats"},
     {"evaluation.recognition"},
     {"evaluation", "demo"},
-    {"cli", "zoo.check"},
+    {"cli.printing", "zoo.check"},
+    {"cli.models"},
+    {"cli.files"},
+    {"cli"},
     {"zoo.coverage", "zoo.processes"},
     {"__main__", "zoo.__main__", ""},
 ]

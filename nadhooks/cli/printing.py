@@ -1,0 +1,82 @@
+"""What the command line prints: tables, progress, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
+err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line as it is: names in brackets are no markup, and paths are not broken."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the screen, gone when done; `update(done, total)` moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+def table(*headings: str) -> Table:
+    """A table without lines; headings that end in ` >` head columns of figures."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        side: Literal["left", "right"] = "right" if heading.endswith(" >") else "left"
+        # the names that rows are about stay whole, and what else is long folds
+        made.add_column(heading.removesuffix(" >"), justify=side, overflow="fold", no_wrap=index == 0)
+    return made
+
+
+def few(names: Iterable[str], shown: int = 2) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def as_options(text: str) -> str:
+    """An error's arguments, such as axis=2, as the options of the command line."""
+    text = re.sub(r"pass example=.*", "give the size by --image-size", text)  # other examples are for programs
+    text = re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=(?=[\w\"'])", r"--\1 ", text)
+    return re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=", r"--\1", text)
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    if "\nOriginal Traceback" in text:  # from a process that loads images: what it raised is the last line
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return text or type(error).__name__
+
+
+def number(kind: type, expected: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: numbers of that kind that fit. NaN fits nothing."""
+
+    def parsed(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parsed
+
+
+AT_LEAST_1 = number(int, "a number of at least 1", lambda value: value >= 1)
