@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import networkx as nx
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import nadhooks
 from nadhooks.errors import MaskFileError
@@ -25,7 +28,7 @@ from nadhooks.masks import Masks
 from nadhooks.sites import Site
 from nadhooks.tasks import LONGEST, TEXT, Tasks
 
-from .strangers import encoded, header_and_tensors
+from .strangers import Watch, encoded, header_and_tensors, mutated
 from .test_masks import SITES, THREE, masks
 
 DATA = Path(__file__).parent / "data"
@@ -245,6 +248,41 @@ def test_tensors_that_lie_are_refused(what: str) -> None:
     assert TEXT.fullmatch(str(caught.value))
 
 
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    return Watch([path.read_bytes() for path in sorted(DATA.glob("*.safetensors"))])
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(random=st.randoms(use_true_random=False), which=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+def test_a_strangers_file_is_loaded_or_refused(watch: Watch, random: Random, which: tuple[int, int]) -> None:
+    """`python -m tests.benchmarks.fuzzing` does this 200,000 times."""
+    seeds = [path.read_bytes() for path in sorted(DATA.glob("*.safetensors"))]
+    assert watch.wrong(mutated(seeds[which[0]], seeds[which[1]], random), memory=True) == ""
+
+
+def test_the_watch_over_strangers_files_sees_what_is_wrong(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = as_bytes(THREE)
+    assert watch.wrong(good) == ""
+    whole = mask_file.from_bytes
+
+    def runs_code(data: bytes) -> mask_file.Parts:
+        exec("1")
+        return whole(data)
+
+    def fills_memory(data: bytes) -> mask_file.Parts:
+        return bytes(10_000_000) and whole(data)  # type: ignore[return-value]
+
+    monkeypatch.setattr(mask_file, "from_bytes", runs_code)
+    with pytest.raises(AssertionError, match="exec"):
+        watch.wrong(good)
+    monkeypatch.setattr(mask_file, "from_bytes", fills_memory)
+    with pytest.raises(AssertionError, match="bytes of memory"):
+        watch.wrong(good, memory=True)
+    monkeypatch.setattr(mask_file, "from_bytes", lambda data: 1 / 0)
+    assert "ZeroDivisionError" in watch.wrong(good)
+
+
 def test_booleans_of_the_first_format_are_0_or_1() -> None:
     header, tensors = header_and_tensors((DATA / "format-1-hard.safetensors").read_bytes())
     assert header["format"] == 1
@@ -339,10 +377,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_writer_killed_at_any_moment_leaves_one_whole_file(tmp_path: Path) -> None:
-    """The 200 times of the promise run as `python tests/benchmarks/killing.py`; these are a few of them."""
+    """`python -m tests.benchmarks.killing` does this 200 times."""
     from .benchmarks.killing import mixtures
 
-    assert mixtures(tmp_path / "m", times=5) == 0
+    assert mixtures(tmp_path / "m", times=10) == 0
 
 
 def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
