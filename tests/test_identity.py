@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def test_weights_tell_two_trainings_apart_and_not_two_wrappers() -> None:
     assert identity.weights_of(model) != identity.weights_of(other)
     assert identity.weights_of(net().half()) != identity.weights_of(model)
     assert identity.weights_of(nn.Linear(2, 2, device="meta")) is None
+
+
+def test_fingerprints_are_those_that_the_format_specifies() -> None:
+    masks, model = masks_of(net()), net()
+    behind = masks.provenance["parameters_behind"]
+    lines = ", ".join(f'["{s.name}", {s.axis}, {s.units}, {s.block}, false, {behind[s.name]}]' for s in masks.sites)
+    assert masks.provenance["structure"] == f"sha256:{hashlib.sha256(f'[{lines}]'.encode()).hexdigest()}"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} torch.float32 {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    assert identity.weights_of(model) == f"sha256:{digest.hexdigest()}"
 
 
 def test_another_structure_is_refused_with_what_was_expected_and_found(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -135,6 +136,29 @@ def test_files_of_the_first_format_stay_readable(name: str) -> None:
     )
     assert old.provenance.get("model") == (None if soft else "timm:resnet18")
     assert from_bytes(as_bytes(old)) == old
+
+
+def test_the_specification_is_all_that_a_reader_needs() -> None:
+    """docs/mask-format.md, followed with the safetensors package alone."""
+    each = SOFT.replaced({"a": SOFT["a"], "b@input": torch.tensor([[0.0, 1.0]])}, quality={"auc": torch.tensor([0.5])})
+    data = as_bytes(each)
+    tensors = safetensors.numpy.load(data)
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    header = json.loads(metadata.pop("nadhooks"))
+    assert not metadata
+    assert set(header) == {"format", "sites", "tasks", "wiring", "closed", "provenance"}
+    for site in header["sites"]:
+        stored = tensors.pop(f"mask/{site['name']}")
+        if stored.dtype == np.uint8:
+            gates = [[row[unit // 8] >> unit % 8 & 1 for unit in range(site["units"])] for row in stored]
+        else:
+            gates = stored.tolist()
+        assert gates == each[site["name"]].tolist()
+        assert tensors.pop(f"mean/{site['name']}").tolist() == each.means[site["name"]].tolist()
+    assert [task["name"] for task in header["tasks"]] == list(each.tasks)
+    assert tensors.pop("quality/auc").tolist() == [0.5]
+    assert not tensors
 
 
 def test_bytes_of_the_second_format_stay_what_they_are() -> None:
