@@ -287,7 +287,8 @@ def _convert(options: argparse.Namespace) -> None:
         named: dict[Label, str] = {label: known.get(label, str(label)) for label in classes}
         names = named if len(set(named.values())) == len(named) else list(classes)
         origin = {"method": "nad", "sites": gates.chosen_by, "converted": str(options.folder)}
-        masks = gates.masks_of(Tasks.of(names), values, origin)
+        tasks = _with_wordnet(Tasks.of(names), zoo.class_index_of(model))
+        masks = gates.masks_of(tasks, values, origin)
     masks = masks.replaced(provenance={**masks.provenance, "model": options.model})
     masks.save(options.out)
     say(f"{masks!r}\nwritten to {options.out}")
@@ -334,10 +335,14 @@ def _chosen(options: argparse.Namespace) -> Sites:
 
 def _from(masks: Masks, model: str, data: str, classes: Mapping[str, int]) -> Masks:
     """With the names of the model and the data that a person typed, and the WordNet ids of ImageNet's classes."""
+    origin = {**masks.provenance, "model": model, "data": data}
+    return masks.replaced(tasks=_with_wordnet(masks.task_rows, classes), provenance=origin)
+
+
+def _with_wordnet(tasks: Tasks, classes: Mapping[str, int]) -> Tasks:
     wordnet: dict[object, str] = {index: name for name, index in classes.items() if re.fullmatch("n[0-9]{8}", name)}
-    ids = tuple(wordnet.get(label, "") for label in masks.labels)
-    tasks = replace(masks.task_rows, wordnet=ids if any(ids) else ())
-    return masks.replaced(tasks=tasks, provenance={**masks.provenance, "model": model, "data": data})
+    ids = tuple(wordnet.get(label, "") for label in tasks.labels)
+    return replace(tasks, wordnet=ids if any(ids) else ())
 
 
 def _measured(masks: Masks, figures: Sequence[Sequence[Recognition]], data: str, images: int) -> Masks:
