@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import MaskFileError, SiteError, TaskError
-from .formats import mask_file
+from .formats import mask_file, remote
 from .sites import Site
 from .tasks import Label, Tasks
 
@@ -182,6 +182,12 @@ class Masks:
         """Writes a mask file (safetensors): complete or not at all. Hard masks take a byte per unit, soft ones four."""
         mask_file.write(path, *self.to_parts())
 
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Publishes the masks on the Hugging Face Hub; see `nadhooks.sharing.push_to_hub` for the options."""
+        from .sharing import push_to_hub  # it stands on flow graphs and pictures, which stand on masks
+
+        return push_to_hub(self, repo, **options)
+
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a mask file holds: a header that JSON knows, and tensors by name."""
         header = {
@@ -229,11 +235,15 @@ class Masks:
 
 
 def load(path: str | PathLike[str]) -> Masks:
-    """Reads a mask file. No code in the file can run. Raises MaskFileError for any other file."""
+    """Reads a mask file, also from `hf://org/name[@revision][/file]`, https://, s3:// and the like.
+
+    No code in the file can run. Raises MaskFileError for any other file, and for one that cannot be fetched.
+    """
     if not isinstance(path, (str, PathLike)):
         raise MaskFileError(f"expected the path of a mask file, got {path!r}")
     try:
-        return Masks.from_parts(*mask_file.read(path))
+        found = remote.fetch(str(path)) if remote.is_remote(path) else path
+        return Masks.from_parts(*(mask_file.from_bytes(found) if isinstance(found, bytes) else mask_file.read(found)))
     except MaskFileError as error:
         raise MaskFileError(f"{path}: {error}") from error.__cause__
 

@@ -8,19 +8,21 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
     {"errors", "_version", "nesting", "functional", "formats.writing"},
-    {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
-    {"structure", "methods"},
+    {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "formats.hub", "data"},
+    {"structure", "methods", "formats.remote"},
     {"sites"},
     {"hooking", "gating", "masks", "sampling"},
     {"wiring"},
     {"gates", "flow", "formats.dot"},
     {"learning", "formats"},
     {"evaluation.recognition"},
-    {"evaluation", "demo"},
+    {"evaluation", "demo", "sharing"},
     {"cli", "zoo.check"},
     {"zoo.coverage", "zoo.processes"},
     {"__main__", "zoo.__main__", ""},
 ]
+
+LATE = {("masks", "sharing")}  # a method for what stands above, imported when it is called
 
 
 def module_name(path: Path) -> str:
@@ -50,7 +52,8 @@ def test_every_file_has_a_floor_and_imports_only_from_below() -> None:
         name = module_name(path)
         assert name in floor, f"{name} has no floor"
         for imported in imports(path):
-            assert floor[imported] < floor[name], f"{name} imports {imported}, which is not below it"
+            below = floor[imported] < floor[name] or (name, imported) in LATE
+            assert below, f"{name} imports {imported}, which is not below it"
 
 
 def test_only_zoo_knows_the_zoos_by_name() -> None:

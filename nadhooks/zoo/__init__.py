@@ -163,6 +163,20 @@ def model_names() -> dict[str, str]:
     return named | {f"torchvision:{name}": models.get_model_builder(name).__module__ for name in models.list_models()}
 
 
+def hub_id(spec: str) -> str | None:
+    """The Hugging Face Hub's repository of a timm model's own weights, `org/name`; None for any other model.
+
+    `timm:NAME` with keyword arguments is another model: the weights do not fit it, or not all of them.
+    """
+    source, _, name = spec.partition(":")
+    if source != "timm" or "," in name:
+        return None
+    import timm
+
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    return config.hf_hub_id if config is not None and config.hf_hub_id else None
+
+
 def versions() -> dict[str, str]:
     import timm
     import torchvision
