@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -84,7 +84,7 @@ def push_to_hub(
         masks.save(Path(folder) / "masks")
         files = {file: (Path(folder) / "masks").read_bytes()}
         if card != "":
-            pictures = dict(_pictures(masks, Path(folder)))
+            pictures = _pictures(masks, Path(folder))
             if card is None:
                 shown = next(iter(pictures), None)
                 card = model_card(masks, repo, file=file, license=license, base_model=base_model, picture=shown)
@@ -119,6 +119,8 @@ def model_card(
         base_model = zoo.hub_id(spec) if own else None
     elif base_model and not hub.NAME.fullmatch(base_model):
         raise MaskFileError(f"base_model: expected a repository of the Hub, org/name, got {base_model!r}")
+    if license and not re.fullmatch(r"[\w.-]+", license):
+        raise MaskFileError(f"license: expected an identifier such as apache-2.0, got {license!r}")
     network = _network(spec, base_model)
     parts = [
         _front_matter(license, base_model),
@@ -258,15 +260,18 @@ def _checked(repo: str, file: str) -> str:
     return name
 
 
-def _pictures(masks: Masks, folder: Path) -> Iterator[tuple[str, bytes]]:
-    graph = flow_graph(masks)
+def _pictures(masks: Masks, folder: Path) -> dict[str, bytes]:
+    """Those that can be drawn here."""
+    graph, drawn, why = flow_graph(masks), {}, ""
     for name in PICTURES:
         try:
             render(graph, folder / name)
+            drawn[name] = (folder / name).read_bytes()
         except RenderError as error:
-            warnings.warn(f"the repository gets no {name}: {error}", stacklevel=4)
-            continue
-        yield name, (folder / name).read_bytes()
+            why = str(error)
+    if not drawn:
+        warnings.warn(f"{' and '.join(PICTURES)} are left out: {why}", stacklevel=4)  # above `Masks.push_to_hub`
+    return drawn
 
 
 def _quality(masks: Masks) -> Mapping[str, Tensor]:

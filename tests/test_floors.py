@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
     {"errors", "_version", "nesting", "functional", "formats.writing"},
-    {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "formats.hub", "data"},
-    {"structure", "methods", "formats.remote"},
+    {"tasks", "tracing", "objectives", "formats.mask_file", "formats.hub", "data"},
+    {"structure", "methods", "zoo", "formats.remote"},
     {"sites"},
     {"hooking", "gating", "masks", "sampling"},
     {"wiring"},

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import huggingface_hub
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from nadhooks.errors import MaskFileError
 from nadhooks.formats import hub as client
@@ -37,7 +37,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def reach(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
 
 
 def got(address: str, **more: int) -> bytes:
@@ -151,7 +153,7 @@ def test_a_hub_that_is_down_is_noticed_at_once_and_the_cache_serves(
     hub.broken = 503
     assert got("hf://us/r") == DATA["masks.safetensors"]
     assert refusal("hf://us/r2") == (
-        f"{hub.url} is out of order (it answers 503); masks.safetensors of us/r2 is not in the cache either"
+        f"{hub.url} cannot be reached (it answers 503); masks.safetensors of us/r2 is not in the cache either"
     )
     reach(monkeypatch, NOWHERE)
     assert got("hf://us/r@main") == DATA["masks.safetensors"]
@@ -184,12 +186,13 @@ def test_the_clients_logging_and_progress_bars_are_left_as_they_were(hub: Hub) -
     assert not huggingface_hub.utils.are_progress_bars_disabled()
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < "1", reason="clients before 1.0 wait all the same")
 def test_without_waiting_an_unreachable_hub_is_treated_as_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with client.without_waiting():
         assert not constants.HF_HUB_OFFLINE
-    hub.broken = 503  # an answer is an answer
+    hub.broken = 503
     with client.without_waiting():
-        assert not constants.HF_HUB_OFFLINE
+        assert constants.HF_HUB_OFFLINE
     reach(monkeypatch, NOWHERE)
     with client.without_waiting():
         assert constants.HF_HUB_OFFLINE
@@ -248,7 +251,7 @@ def test_refused_uploads_say_why_in_one_line(hub: Hub, monkeypatch: pytest.Monke
     assert wrong.startswith('Invalid metadata in README.md. - "license" must be one of [apache-2.0')
     begun = time.monotonic()
     hub.broken = 500
-    assert refused() == f"{hub.url} is out of order (it answers 500)"
+    assert refused() == f"{hub.url} cannot be reached (it answers 500)"
     reach(monkeypatch, NOWHERE)
     assert refused().startswith(f"{NOWHERE} cannot be reached (")
     assert time.monotonic() - begun < 5

@@ -39,6 +39,8 @@ def place(address: str) -> Place:
     parts = ADDRESS.fullmatch(address)
     if parts is None:
         raise MaskFileError("expected hf://org/name, hf://org/name@revision or hf://org/name@revision/file")
+    if ".." in (parts[3] or "").split("/"):
+        raise MaskFileError("expected the path of a file in the repository, got one with '..'")
     return Place(parts[1], unquote(parts[2]) if parts[2] else None, parts[3] or FILE)
 
 
@@ -65,6 +67,8 @@ def fetch(address: str, limit: int) -> Path:
         if _offline():
             return _or_fail(path, f"{wanted} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it")
         try:
+            if huggingface_hub.__version__ < "1":
+                _answer()  # some of these clients cannot be told to ask once
             url = huggingface_hub.hf_hub_url(**named)
             size = huggingface_hub.get_hf_file_metadata(url, timeout=PATIENCE).size
         except Exception as error:  # of huggingface_hub, requests, httpx, httpx2: by its version
@@ -117,7 +121,7 @@ def upload(
 
 @contextmanager
 def without_waiting() -> Iterator[None]:
-    """Where the Hub cannot be reached, its client looks into its cache alone, instead of trying six times a file."""
+    """While the Hub is down, its client (from 1.0 on) looks into its cache alone, instead of trying for 23 s a file."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -148,10 +152,12 @@ def _offline() -> bool:
 
 
 def _answer() -> None:
-    """Any answer will do. The client itself would wait for one for ever."""
+    """Whether the Hub answers at all, asked once. The client would ask six times, or wait for one answer for ever."""
     from huggingface_hub.utils import get_session
 
-    get_session().head(_endpoint(), timeout=PATIENCE)
+    status = get_session().head(_endpoint(), timeout=PATIENCE).status_code
+    if status >= 500:
+        raise ConnectionError(f"it answers {status}")
 
 
 @contextmanager
@@ -196,7 +202,7 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str:
     if status in (401, 403):
         return f"{host} does not let you do that with {repo}; {LOG_IN}, with a token that may"
     if status is not None and status >= 500:
-        return f"{host} is out of order (it answers {status})"
+        return f"{host} cannot be reached (it answers {status})"
     if _unreachable(error):
         return f"{host} cannot be reached ({_one_line(error)})"
     return _one_line(error)

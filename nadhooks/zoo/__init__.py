@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..formats.hub import without_waiting
 
 Transform = Callable[[Any], Tensor]
 
@@ -272,7 +274,8 @@ def _timm_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
 
     if not timm.is_model(name.partition(".")[0]):
         raise ModelError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}")
-    return _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained} | options)
+    with without_waiting() if pretrained else nullcontext():
+        return _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained} | options)
 
 
 def _torchvision_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
