@@ -316,7 +316,8 @@ def test_files_come_from_stores_through_fsspec(tmp_path: Path) -> None:
     assert got(f"file://{tmp_path}/a") == b"def"
     assert refusal("memory://nadhooks/a", limit=2).startswith("expected a mask file of at most 2 bytes, got 3;")
     assert refusal("memory://nadhooks/b") == "there is no such file"
-    assert refusal(f"file://{tmp_path}").startswith("cannot fetch it: ")
+    assert refusal(f"file://{tmp_path}") == "expected the address of a file, got that of a directory"
+    assert refusal("memory://").startswith("expected the address of a file")
 
 
 def test_a_store_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

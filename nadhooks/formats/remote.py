@@ -88,9 +88,11 @@ def _from_store(url: str, package: str, limit: int) -> bytes:
         import fsspec
 
         files, path = fsspec.core.url_to_fs(url)
-        size = files.info(path).get("size")
+        known = files.info(path)
+        if known.get("type") == "directory":
+            raise MaskFileError("expected the address of a file, got that of a directory")
         with files.open(path, "rb") as file:
-            return _counted(file.read, size, limit)
+            return _counted(file.read, known.get("size"), limit)
     except MaskFileError:
         raise
     except FileNotFoundError as error:
