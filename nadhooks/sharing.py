@@ -66,8 +66,9 @@ def push_to_hub(
 ) -> str:
     """Publishes masks in the repository `org/name` of the Hugging Face Hub; returns the address for `nadhooks.load`.
 
-    One commit holds the mask file, a card (README.md) and pictures of the flow (flow.png and flow.svg; where they
-    cannot be drawn, a warning says why). The address, hf://org/name@commit, gives these very masks for ever.
+    One commit holds the mask file, a card (README.md, in place of an older one) and pictures of the flow (flow.png and
+    flow.svg; where they cannot be drawn, a warning says why). The address, hf://org/name@commit, gives these very masks
+    for ever.
 
     file: the mask file's name; `hf://org/name` finds the default. license: an identifier that the Hub knows, such as
     "apache-2.0"; the masks' publisher decides. base_model: as for `model_card`. card: the text of the README, by
@@ -160,12 +161,10 @@ def text(value: object) -> str:
 
 
 def _front_matter(license: str | None, base_model: str | None) -> str:
-    from huggingface_hub import ModelCardData
-
     data: dict[str, Any] = {"library_name": "nadhooks", "tags": ["nadhooks", "interpretability", "vision"]}
     data |= {"license": license} if license else {}
     data |= {"base_model": base_model} if base_model else {}
-    return f"---\n{ModelCardData(**data).to_yaml()}\n---"
+    return hub.front_matter(**data)
 
 
 def _network(spec: str, base_model: str | None) -> str:
@@ -193,7 +192,8 @@ def _code(repo: str, file: str, spec: str, own: bool) -> str:
 
 def _tasks(masks: Masks) -> str:
     """A table with one row for each task, and the means."""
-    quality = {name: values for name, values in _quality(masks).items() if len(values) == len(masks)}
+    quality: Mapping[str, Tensor] = getattr(masks, "quality", {})
+    quality = {name: values for name, values in quality.items() if values.shape == (len(masks),)}
     measures = [name for name in MEASURES if name in quality]
     measures += [name for name in quality if name not in (*MEASURES, "kept") and not name.startswith(FULL)]
 
@@ -272,10 +272,6 @@ def _pictures(masks: Masks, folder: Path) -> dict[str, bytes]:
     if not drawn:
         warnings.warn(f"{' and '.join(PICTURES)} are left out: {why}", stacklevel=4)  # above `Masks.push_to_hub`
     return drawn
-
-
-def _quality(masks: Masks) -> Mapping[str, Tensor]:
-    return getattr(masks, "quality", {})
 
 
 def _figure(value: Tensor) -> str:

@@ -19,8 +19,11 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants, file_download
 
+NOWHERE = "http://127.0.0.1:9"  # the port `discard`, where nothing listens
 TOKENS = {"hf_writer": {"us"}, "hf_reader": set[str]()}  # the organisations that each may write to
 
 
@@ -71,6 +74,14 @@ def serving(hub: Hub) -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def reach(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Has this process take that server for the Hub. Other processes: HF_ENDPOINT."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
 
 
 class _Refused(Exception):

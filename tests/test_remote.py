@@ -4,7 +4,6 @@ import io
 import logging
 import time
 import urllib.request
-from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPMessage
 from pathlib import Path
@@ -13,33 +12,15 @@ from typing import Any
 import fsspec
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 from nadhooks.errors import MaskFileError
 from nadhooks.formats import hub as client
 from nadhooks.formats import remote
 
-from .hub import Hub, serving
+from .hub import NOWHERE, Hub, reach
 
 DATA = {"masks.safetensors": b"abc" * 100, "other.safetensors": b"other", "README.md": b"hello"}
-NOWHERE = "http://127.0.0.1:9"  # the port `discard`, where nothing listens
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving(Hub()) as server:
-        reach(monkeypatch, server.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        yield server
-
-
-def reach(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
 
 
 def got(address: str, **more: int) -> bytes:

@@ -23,11 +23,8 @@ from nadhooks.masks import Masks
 from nadhooks.sites import Site
 from nadhooks.tasks import Tasks
 
-from .hub import Hub, serving
+from .hub import NOWHERE, Hub, serving
 from .nets import Line
-from .test_remote import NOWHERE, got, hub
-
-__all__ = ["hub"]  # the fixture
 
 ORIGIN = {
     "model": "timm:resnet50",
@@ -298,7 +295,7 @@ def test_files_that_are_no_masks_are_refused_by_their_address(hub: Hub) -> None:
             nadhooks.load(address)
     good = masks(["a"])
     good.push_to_hub("us/good", card="")
-    hub.web["good"] = (200, {}, got("hf://us/good"))
+    hub.web["good"] = (200, {}, hub.repos["us/good"].commits[hub.repos["us/good"].refs["main"]]["masks.safetensors"])
     assert nadhooks.load(f"{hub.url}/web/good") == good
 
 
@@ -316,7 +313,12 @@ def test_published_in_one_process_masks_load_in_others(tmp_path: Path) -> None:
 
     def run(*arguments: str, home: str, **environment: str) -> subprocess.CompletedProcess[str]:
         known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        known |= {"HF_HOME": str(tmp_path / home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), **environment}
+        known |= {
+            "HF_HOME": str(tmp_path / home),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(nadhooks.__file__).parent.parent),
+            **environment,
+        }
         return subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=known, capture_output=True, text=True, check=False
         )

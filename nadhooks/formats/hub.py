@@ -119,6 +119,13 @@ def upload(
     return f"{SCHEME}{repo}@{commit.pr_revision or commit.oid}"
 
 
+def front_matter(**fields: Any) -> str:
+    """The YAML that a model card begins with, for the Hub's search."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**fields).to_yaml()}\n---"
+
+
 @contextmanager
 def without_waiting() -> Iterator[None]:
     """While the Hub is down, its client (from 1.0 on) looks into its cache alone, instead of trying for 23 s a file."""
