@@ -39,9 +39,11 @@ def place(address: str) -> Place:
     parts = ADDRESS.fullmatch(address)
     if parts is None:
         raise MaskFileError("expected hf://org/name, hf://org/name@revision or hf://org/name@revision/file")
-    if ".." in (parts[3] or "").split("/"):
-        raise MaskFileError("expected the path of a file in the repository, got one with '..'")
-    return Place(parts[1], unquote(parts[2]) if parts[2] else None, parts[3] or FILE)
+    revision = unquote(parts[2]) if parts[2] else None
+    for what, path in (("revision", revision or ""), ("file", parts[3] or "")):
+        if path.startswith("/") or ".." in path:  # they become paths in the cache
+            raise MaskFileError(f"expected a {what} without '..' and leading slash, got {path!r}")
+    return Place(parts[1], revision, parts[3] or FILE)
 
 
 def address_of(url: str) -> str | None:
@@ -219,6 +221,7 @@ def _one_line(error: Exception) -> str:
     """What the server said, else the message, without its pages of advice."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # of an upload's thread
     text = " ".join(str(getattr(cause, "server_message", None) or cause).split()) or type(cause).__name__
+    text = text.partition(" For more information check: ")[0]
     return text if len(text) <= 300 else f"{text[:299]}…"
 
 
