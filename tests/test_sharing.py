@@ -111,6 +111,7 @@ def test_the_front_matter_names_library_base_model_and_licence() -> None:
         ("timm:resnet50,num_classes=10", {}, None),
         ("timm:darknet17", {}, None),  # timm has no weights of it
         ("timm:no_such_model", {}, None),
+        ("timm:resnet50.no_such_tag", {}, None),
         ("torchvision:resnet50", {}, None),
         ("net.py:build", {}, None),
         ("", {}, None),

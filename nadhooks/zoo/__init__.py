@@ -175,7 +175,10 @@ def hub_id(spec: str) -> str | None:
         return None
     import timm
 
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    except RuntimeError:  # the model has no weights of that tag
+        return None
     return config.hf_hub_id if config is not None and config.hf_hub_id else None
 
 
