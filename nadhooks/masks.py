@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import MaskFileError, SiteError, TaskError
-from .formats import mask_file
+from .formats import mask_file, remote
 from .formats.mask_file import StoredValues
 from .sites import Site
 from .tasks import Label, Tasks
@@ -246,20 +246,28 @@ class Masks:
         """
         mask_file.write(path, self.parts())
 
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Publishes the masks on the Hugging Face Hub; see `nadhooks.sharing.push_to_hub` for the options."""
+        from .sharing import push_to_hub  # it stands on flow graphs and pictures, which stand on masks
+
+        return push_to_hub(self, repo, **options)
+
     def parts(self) -> mask_file.Parts:
         """What a mask file holds."""
         return mask_file.Parts(*(getattr(self, name) for name in mask_file.Parts._fields))
 
 
 def load(path: str | PathLike[str]) -> Masks:
-    """Opens a mask file; gates are read from it when they are asked for. No code in the file can run.
+    """Opens a mask file, also from `hf://org/name[@revision][/file]`, https://, s3:// and the like.
 
-    Raises MaskFileError for any other file, at once or, for gates that are out of range, when they are read.
+    Gates are read from the file when they are asked for. No code in the file can run. Raises MaskFileError for any
+    other file, and for one that cannot be fetched: at once or, for gates that are out of range, when they are read.
     """
     if not isinstance(path, (str, PathLike)):
         raise MaskFileError(f"expected the path of a mask file, got {path!r}")
     try:
-        return Masks(*mask_file.read(path))
+        found = remote.fetch(str(path)) if remote.is_remote(path) else path
+        return Masks(*(mask_file.from_bytes(found) if isinstance(found, bytes) else mask_file.read(found)))
     except MaskFileError as error:
         raise MaskFileError(f"{path}: {error}") from error.__cause__
 

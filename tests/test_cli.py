@@ -17,6 +17,7 @@ from nadhooks.formats.writing import write_bytes
 from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
 
+from .hub import Hub
 from .test_data import folders
 from .test_masks import THREE
 
@@ -383,3 +384,15 @@ def test_the_authors_checkpoints_become_a_mask_file(capsys: pytest.CaptureFixtur
     torch.save({"mask.0": torch.nn.Linear(1, 1)}, "checkpoint/000/net_iter001.pth")  # pickled code
     assert run("convert", "checkpoint", MODEL, "-o", "m") == 1
     assert "not a checkpoint that can be read safely" in capsys.readouterr().err
+
+
+def test_push_publishes_what_inspect_then_finds(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    THREE.save("m")
+    assert run("push", "m", "us/masks", "--license", "cc-by-4.0", "--private") == 0
+    address = re.search(r"load\('(hf://us/masks@\w+)'\)", capsys.readouterr().out)
+    assert address
+    assert run("inspect", address[1]) == 0
+    assert "3 tasks" in capsys.readouterr().out
+    assert nadhooks.load(address[1]) == THREE
+    assert run("push", "m", "no name") == 1
+    assert "expected a repository of the Hub, org/name, got 'no name'" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
     {"errors", "_version", "nesting", "functional", "formats.writing"},
-    {"tasks", "tracing", "zoo", "objectives", "formats.container", "formats.authors", "data"},
-    {"structure", "methods"},
+    {"tasks", "tracing", "objectives", "formats.container", "formats.hub", "formats.authors", "data"},
+    {"structure", "methods", "zoo", "formats.remote"},
     {"sites"},
     {"hooking", "gating", "formats.mask_file", "sampling"},
     {"masks"},
@@ -17,7 +17,7 @@ FLOORS = [
     {"gates", "flow", "formats.dot"},
     {"learning", "formats"},
     {"evaluation.recognition"},
-    {"evaluation", "demo"},
+    {"evaluation", "demo", "sharing"},
     {"cli.printing", "zoo.check"},
     {"cli.models"},
     {"cli.files"},
@@ -25,6 +25,8 @@ FLOORS = [
     {"zoo.coverage", "zoo.processes"},
     {"__main__", "zoo.__main__", ""},
 ]
+
+LATE = {("masks", "sharing")}  # a method for what stands above, imported when it is called
 
 
 def module_name(path: Path) -> str:
@@ -54,7 +56,8 @@ def test_every_file_has_a_floor_and_imports_only_from_below() -> None:
         name = module_name(path)
         assert name in floor, f"{name} has no floor"
         for imported in imports(path):
-            assert floor[imported] < floor[name], f"{name} imports {imported}, which is not below it"
+            below = floor[imported] < floor[name] or (name, imported) in LATE
+            assert below, f"{name} imports {imported}, which is not below it"
 
 
 def test_only_zoo_knows_the_zoos_by_name() -> None:

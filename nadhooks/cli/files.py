@@ -1,4 +1,4 @@
-"""Commands on mask files alone: inspect, graph, render, select, merge, diff."""
+"""Commands on mask files alone: inspect, graph, render, select, merge, diff, push."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ..errors import TaskError
 from ..flow import flow_graph
-from ..formats import PICTURES, TEXT, render
+from ..formats import PICTURES, TEXT, hub, render
 from ..formats.writing import write_bytes
 from ..masks import Masks, load, merge
 from .models import HEADINGS, Command, check_writable
@@ -55,6 +55,18 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "--rows", type=AT_LEAST_1, default=TASKS_SHOWN, metavar="N", help="tasks to show (default: %(default)s)"
     )
+
+    sub = command("push", _push, "publish a mask file, a model card and pictures on the Hugging Face Hub")
+    sub.add_argument("masks", help="mask file")
+    sub.add_argument("repo", help="org/name; it is made where there is none")
+    sub.add_argument("--file", default=hub.FILE, metavar="NAME", help="the file's name there (default: %(default)s)")
+    sub.add_argument("--license", metavar="ID", help="of the masks, such as cc-by-4.0; only their publisher knows it")
+    sub.add_argument("--base-model", metavar="ORG/NAME", help="the network's repository (default: timm's, if it is)")
+    sub.add_argument("--private", action="store_true", default=None, help="for a new repository")
+    sub.add_argument("--create-pr", action="store_true", help="propose it as a pull request")
+    sub.add_argument("--revision", metavar="BRANCH", help="an existing branch (default: main)")
+    sub.add_argument("--message", help="of the commit")
+    sub.add_argument("--no-card", action="store_true", help="leave the README and the pictures there as they are")
 
 
 def _graph(options: argparse.Namespace) -> None:
@@ -183,6 +195,13 @@ def _diff(options: argparse.Namespace) -> None:
         )
         out.print(shown)
         _say_more(len(shared), options.rows)
+
+
+def _push(options: argparse.Namespace) -> None:
+    names = ("file", "license", "base_model", "private", "create_pr", "revision", "message")
+    choices = {name: getattr(options, name) for name in names}
+    card = "" if options.no_card else None
+    say(f"published: nadhooks.load({load(options.masks).push_to_hub(options.repo, card=card, **choices)!r})")
 
 
 def _save(masks: Masks, path: Path) -> None:

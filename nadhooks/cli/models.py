@@ -228,7 +228,8 @@ def _learn(options: argparse.Namespace) -> None:
             seed=options.seed,
             progress=_learning(update),
         )
-    masks = _from(masks, options.model, options.data, classes)
+    trained = options.weights or ("pretrained" if options.pretrained else "random")
+    masks = _from(masks, options.model, options.data, classes, trained=trained)
     masks.save(options.out)
     if test is not None:
         figures = _show_recognition(model, masks, DataLoader(test.dataset, **loading), options.seed)
@@ -333,9 +334,12 @@ def _chosen(options: argparse.Namespace) -> Sites:
     return list(options.sites)
 
 
-def _from(masks: Masks, model: str, data: str, classes: Mapping[str, int]) -> Masks:
-    """With the names of the model and the data that a person typed, and the WordNet ids of ImageNet's classes."""
-    origin = {**masks.provenance, "model": model, "data": data}
+def _from(masks: Masks, model: str, data: str, classes: Mapping[str, int], **trained: str) -> Masks:
+    """With the names of the model and the data that a person typed, and the WordNet ids of ImageNet's classes.
+
+    trained: the file of the weights, or "pretrained".
+    """
+    origin = {**masks.provenance, "model": model, "data": data, **trained}
     return masks.replaced(tasks=_with_wordnet(masks.task_rows, classes), provenance=origin)
 
 

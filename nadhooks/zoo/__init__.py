@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..formats.hub import without_waiting
 
 Transform = Callable[[Any], Tensor]
 
@@ -163,6 +165,23 @@ def model_names() -> dict[str, str]:
     return named | {f"torchvision:{name}": models.get_model_builder(name).__module__ for name in models.list_models()}
 
 
+def hub_id(spec: str) -> str | None:
+    """The Hugging Face Hub's repository of a timm model's own weights, `org/name`; None for any other model.
+
+    `timm:NAME` with keyword arguments is another model: the weights do not fit it, or not all of them.
+    """
+    source, _, name = spec.partition(":")
+    if source != "timm" or "," in name:
+        return None
+    import timm
+
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    except RuntimeError:  # the model has no weights of that tag
+        return None
+    return config.hf_hub_id if config is not None and config.hf_hub_id else None
+
+
 def versions() -> dict[str, str]:
     import timm
     import torchvision
@@ -258,7 +277,8 @@ def _timm_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
 
     if not timm.is_model(name.partition(".")[0]):
         raise ModelError(f"timm has no model {name!r}{_did_you_mean(name, timm.list_models())}")
-    return _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained} | options)
+    with without_waiting() if pretrained else nullcontext():
+        return _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": pretrained} | options)
 
 
 def _torchvision_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
