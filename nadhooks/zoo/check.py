@@ -39,6 +39,7 @@ SAMPLED = 6  # sites that are closed one at a time, where there are more
 TRIED = 5  # units of such a site, until the output feels one
 FAINTER = (0.7, 0.3, 0.1)  # weights times these, until no sigmoid or softmax is saturated on the way of a gradient
 SECONDS_TO_PERTURB = 120
+LOUD = 1e6  # outputs beyond this, of networks of drawn weights, swallow the part of a single unit
 REAL_PARAMETERS = 40_000_000
 REAL_BYTES = 8 * 2**30
 
@@ -106,7 +107,7 @@ def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iter
     made = time.monotonic() - begun
     example, ran = _smallest_example(model) if real else (zoo.example_for(model), "meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with flowing(model), _ordinary_attention():
+    with flowing(model), _ordinary_attention(), calmed(model, doubled(example) if real else None):
         run = Runner(model, doubled(example)) if real else None
         for granularity in GRANULARITIES:
             before = imprint(model)
@@ -365,6 +366,18 @@ def zeroed(module: nn.Module, axis: int, unit: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def calmed(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Inside, fainter weights where the model's own make its outputs overflow."""
+    with ExitStack() as stack:
+        for factor in (1.0, *FAINTER) if batch is not None and not zoo.detects(model) else ():
+            stack.enter_context(scaled(model, factor))
+            if all(bool((x.abs() < LOUD).all()) for x in Runner(model, batch).bare()):
+                break
+            stack.close()
+        yield
 
 
 @contextmanager
