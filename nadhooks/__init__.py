@@ -8,6 +8,7 @@ from . import methods, objectives, sites
 from ._version import __version__
 from .errors import NadhooksError
 from .flow import flow_graph
+from .folding import sub_architecture
 from .formats import render
 from .gates import Gates, attach
 from .learning import learn
@@ -28,4 +29,5 @@ __all__ = [
     "objectives",
     "render",
     "sites",
+    "sub_architecture",
 ]

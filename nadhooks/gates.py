@@ -16,7 +16,7 @@ from . import zoo
 from ._version import __version__
 from .errors import ModelError, NadhooksError, SiteError, TaskError
 from .gating import Clip, chosen_units, gate, unit_sums
-from .hooking import Handle, on_site
+from .hooking import Handle, SiteHook, WithinHook, on_site
 from .masks import Masks, check_same_sites
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
@@ -48,7 +48,7 @@ def attach(
     Raises SiteError when no site can be found, ModelError when the model or example cannot be used, TaskError for bad
     tasks. After an error the model is as it was.
     """
-    _check_model(model)
+    check_model(model)
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
 
 
@@ -414,7 +414,18 @@ def _parameters_behind(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
     return {site.name: count for site, count in zip(ordered, counts, strict=True)}
 
 
-def _check_model(model: nn.Module) -> None:
+def remove_gates(model: nn.Module) -> None:
+    """Takes every gate's hooks off a model, whoever attached them: for copies of a model, hooks come along."""
+    for module in model.modules():
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            for key, hook in list(getattr(module, kind).items()):
+                if isinstance(getattr(hook, "__self__", hook), (SiteHook, WithinHook, _Entry)):
+                    for hooks in (name for name in vars(module) if name.startswith(kind)):  # with what goes by its key
+                        getattr(module, hooks).pop(key, None)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ModelError for models that hooks do not work on: scripted, quantised and compiled ones."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():

@@ -1,0 +1,330 @@
+"""One task's sub-architecture as an ordinary module: without hooks, its gates folded into weights where that is exact.
+
+A gate on what a layer puts out scales the rows of its weight, and what closed units put out becomes its bias; a gate on
+what a projection takes in scales columns. The layer may lie before the site with only layers without parameters
+between (activations, pooling). Whether such a fold is exact is not read off a table: it is tried against the hooked
+model, and where the two differ the gate becomes a part of the site's module instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import zoo
+from .errors import ModelError
+from .gated import put_gate
+from .gates import check_model, remove_gates
+from .gating import gate
+from .hooking import on_site
+from .layers import producers, scale_columns, scale_rows
+from .masks import Masks
+from .nesting import flatten, leaves_of
+from .sites import Site, find
+from .tracing import Trace, call_model, trace, undisturbed
+from .wiring import FLAT, OUTPUT, flowing
+
+How = Literal["open", "weights", "weights before", "columns", "gate"]
+# What sums in another order may change, as a share of a tensor's largest value; a wrong fold changes far more.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How the gates of one site became part of the model.
+
+    how: "open" (every gate is, nothing to do), "weights" (rows and bias of `layer`, whose tensor the site is),
+        "weights before" (the same, with layers without parameters between `layer` and the site), "columns" (those of
+        the projection `layer`, for sites on its input), "gate" (a gate within the forward pass of `layer`).
+    """
+
+    site: str
+    how: How
+    layer: str
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How a sub-architecture was made, and how far its outputs are from the hooked model's.
+
+    difference: the largest difference of an output, on the example and a random input; 0.0 is equal to the last bit.
+    largest: the largest output there, to compare `difference` with.
+    """
+
+    task: str
+    folds: tuple[Fold, ...]
+    difference: float
+    largest: float
+
+    @property
+    def exact(self) -> bool:
+        """Equal to the hooked model to the last bit, on the inputs tried."""
+        return self.difference == 0
+
+    def __str__(self) -> str:
+        hows = [fold.how for fold in self.folds]
+        counts = ", ".join(f"{hows.count(how)} {_SAID[how]}" for how in _SAID if how in hows)
+        equal = "equal to the last bit" if self.exact else f"within {self.difference:.1e} (largest {self.largest:.1e})"
+        return f"task {self.task}: {counts}; outputs {equal}"
+
+
+_SAID: dict[How, str] = {
+    "weights": "sites in their own weights",
+    "weights before": "in the weights before them",
+    "columns": "in columns",
+    "gate": "as gates in their modules",
+    "open": "open",
+}
+
+Rows = Mapping[str, tuple[Tensor, Tensor | None]]  # site -> gates (units,), what closed units put out (units,)
+
+
+def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, example: Any = None) -> nn.Module:
+    """The part of `model` that one task keeps, as an ordinary module without hooks; `model` itself is not changed.
+
+    It computes what the model does with `gates.load(masks)` inside `with gates(task)`: to the last bit for hard masks
+    whose closed units put out zero; to rounding where a bias is added (closed="mean") or weights are scaled (soft
+    masks). Its attribute `folding`, a `Folding`, says how each site was folded and the measured difference.
+
+    model: with or without gates attached; training flags, dtype, device and `requires_grad` carry over. Layers may get
+    a bias, and shared weights that a fold changes are shared no more. Closed rows are zero, not frozen: training moves
+    them again. task: name or label; may be left out where masks have one. example: as for `attach`.
+
+    Raises SiteError when the masks belong to other sites, TaskError for an unknown task, ModelError for models without
+    values or where no way gives the hooked model's outputs.
+    """
+    check_model(model)
+    chosen = masks.select(masks.labels if task is None and len(masks) == 1 else [task])
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("folding needs weights, and this model is on the meta device; load them first")
+    example = zoo.example_for(model) if example is None else example
+    with torch.inference_mode(False), torch.no_grad():
+        bare = copy.deepcopy(model)
+        remove_gates(bare)
+        seen = trace(bare, example)
+        sites, _ = find(seen, chosen.sites)
+        rows: Rows = {
+            site.name: (chosen[site.name][0], chosen.means[site.name] if chosen.closed == "mean" else None)
+            for site in sites
+        }
+        inputs = [example, _varied(example)]
+        plan = _plan(seen, sites, rows)
+        return _made(bare, sites, rows, _confirmed(bare, sites, rows, plan, inputs), inputs, chosen.tasks[0])
+
+
+def _made(
+    bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any], task: str
+) -> nn.Module:
+    folded = _folded(bare, sites, rows, plan)
+    difference, largest, alike = 0.0, 0.0, True
+    for each in inputs:
+        ours = _outputs(folded, each)
+        with _gated(bare, sites, rows):
+            theirs = _outputs(bare, each)
+        difference, largest = max(difference, _difference(ours, theirs)), max(largest, _largest(theirs))
+        alike = alike and _close(ours, theirs)
+    if not alike:
+        raise ModelError(
+            f"the sub-architecture differs from the hooked model by {difference:.1e} (largest output {largest:.1e}): "
+            "some module runs in another way when it has hooks, or at random; use attach, gates.load and gates(task)"
+        )
+    folded.folding = Folding(task, tuple(plan), difference, largest)  # type: ignore[assignment]
+    return folded
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _plan(seen: Trace, sites: Sequence[Site], rows: Rows) -> list[Fold]:
+    """Where each gate could go; what is doubtful is for `_confirmed` to try."""
+    behind = producers(seen, sites)
+    plan = []
+    for site in sites:
+        g, closed = rows[site.name]
+        found = behind.get(site.name)
+        if bool((g == 1).all()):
+            fold = Fold(site.name, "open", site.module)
+        elif found is None:
+            fold = _as_gate(site)
+        elif site.side == "input":
+            fold = Fold(site.name, "columns", found.layer)
+        else:
+            fold = Fold(site.name, "weights" if found.direct else "weights before", found.layer)
+            in_training = found.at_random and closed is not None  # dropout would scale the constant
+            layer = seen.model.get_submodule(found.layer)
+            no_bias = closed is not None and not hasattr(layer, "bias")
+            fold = _as_gate(site) if in_training or no_bias else fold
+        plan.append(fold)
+    return plan
+
+
+def _as_gate(site: Site) -> Fold:
+    return Fold(site.name, "gate", site.within or site.module)
+
+
+def _confirmed(
+    bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any]
+) -> list[Fold]:
+    """The plan without the folds that are not exact: their gates become parts of modules.
+
+    Tried on a twin without parameters that hide the flow, in single precision at least. A fold before a site may be
+    seen by others than the site, which would be blamed for it; so if blame does not end it, all such folds go.
+    """
+    twin = _lively(bare)
+    inputs = [_cast_like(twin, each) for each in inputs]
+    by_name = {site.name: site for site in sites}
+    for suspects in ("blamed", "before", "all"):
+        falling = _wrong(twin, sites, rows, plan, inputs)
+        if not falling:
+            break
+        if suspects != "blamed":
+            falling = {fold.site for fold in plan if suspects == "all" or fold.how == "weights before"}
+        plan = [_as_gate(by_name[fold.site]) if fold.site in falling and fold.how != "open" else fold for fold in plan]
+    return list(plan)
+
+
+def _lively(bare: nn.Module) -> nn.Module:
+    """A copy of a model whose every parameter lets something through, in single precision at least."""
+    twin = copy.deepcopy(bare)
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
+        twin = twin.float()
+    with flowing(twin):
+        return copy.deepcopy(twin)
+
+
+def _wrong(twin: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any]) -> set[str]:
+    """The sites where a folded model puts out something else than the hooked one, each judged by itself: what enters
+    it is the hooked model's. Also OUTPUT.
+    """
+    folded = _folded(twin, sites, rows, plan)
+    wrong: set[str] = set()
+    places: dict[str, list[str]] = defaultdict(list)  # where sites can be seen in both: what their module puts out
+    for site in sites:
+        places[site.within or site.module].append(site.name)
+    for each in inputs:
+        recorded: dict[str, list[list[Any]]] = defaultdict(list)
+
+        def record(place: str, leaves: list[Any], recorded: Any = recorded) -> None:
+            recorded[place].append([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+        with _gated(twin, sites, rows), _seen(twin, places, record):
+            expected = _outputs(twin, each)
+
+        def replay(place: str, leaves: list[Any], recorded: Any = recorded) -> list[Any] | None:
+            if not recorded[place]:  # called more often than in the hooked model: something before it differs
+                return None
+            before = recorded[place].pop(0)
+            if not _close(leaves, before):
+                wrong.update(places[place])
+            return before
+
+        with _seen(folded, places, replay):
+            got = _outputs(folded, each)
+        if not _close(got, expected):
+            wrong.add(OUTPUT)
+    return wrong
+
+
+@contextmanager
+def _seen(model: nn.Module, places: Iterable[str], see: Callable[[str, list[Any]], list[Any] | None]) -> Iterator[None]:
+    """Inside, `see` gets what these modules put out, as leaves, and may put others in their place."""
+
+    def hook(place: str, module: nn.Module, args: Any, output: Any) -> Any:
+        leaves, rebuild = flatten(output)
+        others = see(place, leaves)
+        return None if others is None else rebuild(others)
+
+    with ExitStack() as stack:
+        for place in places:
+            stack.callback(model.get_submodule(place).register_forward_hook(partial(hook, place)).remove)
+        yield
+
+
+# --- the model, folded and hooked ------------------------------------------------------------------------------------
+
+
+def _folded(bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold]) -> nn.Module:
+    """A copy of a model with gates where the plan says."""
+    folded = copy.deepcopy(bare)
+    device = next((parameter.device for parameter in folded.parameters()), None)
+    # columns first: what a layer takes in is gated before what it puts out
+    for site, fold in sorted(zip(sites, plan, strict=True), key=lambda pair: pair[1].how != "columns"):
+        g, closed = rows[site.name]
+        module = folded.get_submodule(fold.layer)
+        if fold.how == "gate":
+            layer = folded.get_submodule(site.module) if site.within else None
+            put_gate(module, site, g.to(device), None if closed is None else closed.to(device), layer)
+        elif fold.how == "columns":
+            scale_columns(module, site, g, closed)
+        elif fold.how != "open":
+            scale_rows(module, site, g, closed)
+    return folded
+
+
+@contextmanager
+def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> Iterator[None]:
+    """Inside, hooks gate the sites as `with gates(task)` does."""
+
+    def change(site: Site, x: Tensor) -> Tensor | None:
+        g, closed = rows[site.name]
+        if bool((g == 1).all()):
+            return None
+        return gate(x, g[None], site.axis, site.block, closed, alternating=site.alternating)
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(on_site(model, site, partial(change, site)).remove)
+        yield
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Any]:
+    with undisturbed(model):
+        return leaves_of(call_model(model, pytree.tree_map_only(Tensor, Tensor.clone, example)))
+
+
+def _varied(example: Any) -> Any:
+    """A random input like an example, of its mean and spread."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        return x.mean() + noise * (x.std(correction=0) + FLAT)
+
+    return pytree.tree_map_only(Tensor, random, example)
+
+
+def _cast_like(model: nn.Module, example: Any) -> Any:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, example)
+
+
+def _close(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Equal but for rounding, tensor by tensor."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if isinstance(a, Tensor) and a.is_floating_point()]
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and _difference([a], [b]) <= ROUNDING[b.dtype] * _largest([b]) for a, b in pairs
+    )
+
+
+def _difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """The largest difference of two lists of outputs; infinite where they are not alike."""
+    if [getattr(a, "shape", a) for a in ours] != [getattr(b, "shape", b) for b in theirs]:
+        return float("inf")
+    pairs = ((a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor) and a.numel())
+    return max((float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
+
+
+def _largest(outputs: Sequence[Any]) -> float:
+    tensors = (x for x in outputs if isinstance(x, Tensor) and x.numel())
+    return max((float(x.double().abs().nan_to_num().max()) for x in tensors), default=0.0)
