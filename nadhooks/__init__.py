@@ -13,6 +13,7 @@ from .formats import render
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
+from .shrinking import shrink
 from .sites import Site
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "methods",
     "objectives",
     "render",
+    "shrink",
     "sites",
     "sub_architecture",
 ]

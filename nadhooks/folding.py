@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import zoo
+from .comparing import close, difference, largest, outputs, varied
 from .errors import ModelError
 from .gated import put_gate
 from .gates import check_model, remove_gates
@@ -28,14 +29,12 @@ from .gating import gate
 from .hooking import on_site
 from .layers import producers, scale_columns, scale_rows
 from .masks import Masks
-from .nesting import flatten, leaves_of
+from .nesting import flatten
 from .sites import Site, find
-from .tracing import Trace, call_model, trace, undisturbed
-from .wiring import FLAT, OUTPUT, flowing
+from .tracing import Trace, trace
+from .wiring import OUTPUT, flowing
 
 How = Literal["open", "weights", "weights before", "columns", "gate"]
-# What sums in another order may change, as a share of a tensor's largest value; a wrong fold changes far more.
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
             site.name: (chosen[site.name][0], chosen.means[site.name] if chosen.closed == "mean" else None)
             for site in sites
         }
-        inputs = [example, _varied(example)]
+        inputs = [example, varied(example)]
         plan = _plan(seen, sites, rows)
         return _made(bare, sites, rows, _confirmed(bare, sites, rows, plan, inputs), inputs, chosen.tasks[0])
 
@@ -125,19 +124,19 @@ def _made(
     bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any], task: str
 ) -> nn.Module:
     folded = _folded(bare, sites, rows, plan)
-    difference, largest, alike = 0.0, 0.0, True
+    apart, most, alike = 0.0, 0.0, True
     for each in inputs:
-        ours = _outputs(folded, each)
+        ours = outputs(folded, each)
         with _gated(bare, sites, rows):
-            theirs = _outputs(bare, each)
-        difference, largest = max(difference, _difference(ours, theirs)), max(largest, _largest(theirs))
-        alike = alike and _close(ours, theirs)
+            theirs = outputs(bare, each)
+        apart, most = max(apart, difference(ours, theirs)), max(most, largest(theirs))
+        alike = alike and close(ours, theirs)
     if not alike:
         raise ModelError(
-            f"the sub-architecture differs from the hooked model by {difference:.1e} (largest output {largest:.1e}): "
+            f"the sub-architecture differs from the hooked model by {apart:.1e} (largest output {most:.1e}): "
             "some module runs in another way when it has hooks, or at random; use attach, gates.load and gates(task)"
         )
-    folded.folding = Folding(task, tuple(plan), difference, largest)  # type: ignore[assignment]
+    folded.folding = Folding(task, tuple(plan), apart, most)  # type: ignore[assignment]
     return folded
 
 
@@ -217,19 +216,19 @@ def _wrong(twin: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fo
             recorded[place].append([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
         with _gated(twin, sites, rows), _seen(twin, places, record):
-            expected = _outputs(twin, each)
+            expected = outputs(twin, each)
 
         def replay(place: str, leaves: list[Any], recorded: Any = recorded) -> list[Any] | None:
             if not recorded[place]:  # called more often than in the hooked model: something before it differs
                 return None
             before = recorded[place].pop(0)
-            if not _close(leaves, before):
+            if not close(leaves, before):
                 wrong.update(places[place])
             return before
 
         with _seen(folded, places, replay):
-            got = _outputs(folded, each)
-        if not _close(got, expected):
+            got = outputs(folded, each)
+        if not close(got, expected):
             wrong.add(OUTPUT)
     return wrong
 
@@ -286,45 +285,6 @@ def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> Iterator[None
         yield
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Any]:
-    with undisturbed(model):
-        return leaves_of(call_model(model, pytree.tree_map_only(Tensor, Tensor.clone, example)))
-
-
-def _varied(example: Any) -> Any:
-    """A random input like an example, of its mean and spread."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        return x.mean() + noise * (x.std(correction=0) + FLAT)
-
-    return pytree.tree_map_only(Tensor, random, example)
-
-
 def _cast_like(model: nn.Module, example: Any) -> Any:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, example)
-
-
-def _close(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    """Equal but for rounding, tensor by tensor."""
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if isinstance(a, Tensor) and a.is_floating_point()]
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and _difference([a], [b]) <= ROUNDING[b.dtype] * _largest([b]) for a, b in pairs
-    )
-
-
-def _difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """The largest difference of two lists of outputs; infinite where they are not alike."""
-    if [getattr(a, "shape", a) for a in ours] != [getattr(b, "shape", b) for b in theirs]:
-        return float("inf")
-    pairs = ((a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor) and a.numel())
-    return max((float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs), default=0.0)
-
-
-def _largest(outputs: Sequence[Any]) -> float:
-    tensors = (x for x in outputs if isinstance(x, Tensor) and x.numel())
-    return max((float(x.double().abs().nan_to_num().max()) for x in tensors), default=0.0)

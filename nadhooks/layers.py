@@ -114,7 +114,7 @@ def _parents(seen: Trace, place: int) -> Iterator[int]:
 
 def scale_rows(layer: nn.Module, site: Site, g: Tensor, closed: Tensor | None) -> None:
     """Makes a layer put out g·y + (1 − g)·c where it put out y, in place: new weight and bias, none shared."""
-    weight = _own(layer, "weight")
+    weight = own(layer, "weight")
     g, shift = _factors(site, g, closed, weight)
     bias = getattr(layer, "bias", None)
     if weight.dim() == 1 or not isinstance(layer, _ConvTransposeNd):
@@ -122,11 +122,11 @@ def scale_rows(layer: nn.Module, site: Site, g: Tensor, closed: Tensor | None) -
     else:  # (in, out / groups, ...)
         rows = g.reshape(layer.groups, 1, -1).expand(-1, len(weight) // layer.groups, -1)
         rows = rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
-    _put(layer, "weight", weight * rows)
+    put(layer, "weight", weight * rows)
     if bias is not None:
-        _put(layer, "bias", bias * g if shift is None else bias * g + shift)
+        put(layer, "bias", bias * g if shift is None else bias * g + shift)
     elif shift is not None:
-        _put(layer, "bias", shift)
+        put(layer, "bias", shift)
 
 
 def scale_columns(layer: nn.Module, site: Site, g: Tensor, closed: Tensor | None) -> None:
@@ -134,18 +134,18 @@ def scale_columns(layer: nn.Module, site: Site, g: Tensor, closed: Tensor | None
 
     With c, exact for convolutions without zero padding only.
     """
-    weight = _own(layer, "weight")
+    weight = own(layer, "weight")
     g, shift = _factors(site, g, closed, weight)
-    _put(layer, "weight", weight * _columns(layer, g))
+    put(layer, "weight", weight * _columns(layer, g))
     if shift is not None:
         change = (weight.double() * _columns(layer, shift.double())).flatten(1).sum(1).to(weight.dtype)
         bias = getattr(layer, "bias", None)
-        _put(layer, "bias", change if bias is None else bias + change)
+        put(layer, "bias", change if bias is None else bias + change)
 
 
 def _columns(layer: nn.Module, x: Tensor) -> Tensor:
     """(positions of the input,) as it multiplies a weight."""
-    weight = _own(layer, "weight")
+    weight = own(layer, "weight")
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
     rows = x.reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)  # (out, in / groups)
     return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
@@ -159,13 +159,13 @@ def _factors(site: Site, g: Tensor, closed: Tensor | None, like: Tensor) -> tupl
     return spread, (1 - spread) * positions(closed[None].to(like), site.block, site.alternating)[0]
 
 
-def _own(layer: nn.Module, name: str) -> Tensor:
+def own(layer: nn.Module, name: str) -> Tensor:
     tensor = getattr(layer, name)
     assert isinstance(tensor, Tensor)
     return tensor
 
 
-def _put(layer: nn.Module, name: str, value: Tensor) -> None:
+def put(layer: nn.Module, name: str, value: Tensor) -> None:
     """A tensor of the layer's own in the place of one that other layers may share."""
     before = layer._parameters.get(name)
     if name in layer._buffers:
