@@ -18,7 +18,8 @@ SPREAD = 1e-3  # at least, of a random input
 
 
 def outputs(model: nn.Module, example: Any) -> list[Any]:
-    with undisturbed(model):
+    """What a model puts out in eval mode, flattened; the example is safe from changes in place."""
+    with undisturbed(model), torch.no_grad():
         return leaves_of(call_model(model, pytree.tree_map_only(Tensor, Tensor.clone, example)))
 
 

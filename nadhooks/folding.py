@@ -27,14 +27,14 @@ from .gated import put_gate
 from .gates import check_model, remove_gates
 from .gating import gate
 from .hooking import on_site
-from .layers import producers, scale_columns, scale_rows
+from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
 from .masks import Masks
 from .nesting import flatten
 from .sites import Site, find
 from .tracing import Trace, trace
 from .wiring import OUTPUT, flowing
 
-How = Literal["open", "weights", "weights before", "columns", "gate"]
+How = Literal["open", "weights", "weights before", "columns", "columns behind", "gate"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Fold:
 
     how: "open" (every gate is, nothing to do), "weights" (rows and bias of `layer`, whose tensor the site is),
         "weights before" (the same, with layers without parameters between `layer` and the site), "columns" (those of
-        the projection `layer`, for sites on its input), "gate" (a gate within the forward pass of `layer`).
+        the projection `layer`, for sites on its input), "columns behind" (those of the one layer that takes the site
+        in, with layers without parameters between), "gate" (a gate within the forward pass of `layer`).
     """
 
     site: str
@@ -80,6 +81,7 @@ _SAID: dict[How, str] = {
     "weights": "sites in their own weights",
     "weights before": "in the weights before them",
     "columns": "in columns",
+    "columns behind": "in columns behind them",
     "gate": "as gates in their modules",
     "open": "open",
 }
@@ -116,8 +118,8 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
             for site in sites
         }
         inputs = [example, varied(example)]
-        plan = _plan(seen, sites, rows)
-        return _made(bare, sites, rows, _confirmed(bare, sites, rows, plan, inputs), inputs, chosen.tasks[0])
+        plan = _confirmed(bare, sites, rows, _options(seen, sites, rows), inputs)
+        return _made(bare, sites, rows, plan, inputs, chosen.tasks[0])
 
 
 def _made(
@@ -143,52 +145,52 @@ def _made(
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _plan(seen: Trace, sites: Sequence[Site], rows: Rows) -> list[Fold]:
-    """Where each gate could go; what is doubtful is for `_confirmed` to try."""
-    behind = producers(seen, sites)
-    plan = []
+def _options(seen: Trace, sites: Sequence[Site], rows: Rows) -> list[list[Fold]]:
+    """For each site where its gates could go, best first; what is doubtful is for `_confirmed` to try."""
+    before, behind = producers(seen, sites), consumers(seen, sites)
+    options = []
     for site in sites:
         g, closed = rows[site.name]
-        found = behind.get(site.name)
+        found: list[Fold] = [Fold(site.name, "gate", site.within or site.module)]
         if bool((g == 1).all()):
-            fold = Fold(site.name, "open", site.module)
-        elif found is None:
-            fold = _as_gate(site)
-        elif site.side == "input":
-            fold = Fold(site.name, "columns", found.layer)
-        else:
-            fold = Fold(site.name, "weights" if found.direct else "weights before", found.layer)
-            in_training = found.at_random and closed is not None  # dropout would scale the constant
-            layer = seen.model.get_submodule(found.layer)
-            no_bias = closed is not None and not hasattr(layer, "bias")
-            fold = _as_gate(site) if in_training or no_bias else fold
-        plan.append(fold)
-    return plan
-
-
-def _as_gate(site: Site) -> Fold:
-    return Fold(site.name, "gate", site.within or site.module)
+            found = [Fold(site.name, "open", site.module)]
+        indirect: tuple[tuple[Neighbour | None, How], ...] = (
+            (behind.get(site.name), "columns behind"),
+            (before.get(site.name), "weights before"),
+        )
+        for neighbour, how in indirect:
+            # dropout would scale a constant, which some layers have no bias for
+            if neighbour is None or found[0].how == "open":
+                continue
+            layer = seen.model.get_submodule(neighbour.layer)
+            if closed is None or (not neighbour.at_random and hasattr(layer, "bias")):
+                at_once: How = "columns" if site.side == "input" else "weights"
+                found.insert(0, Fold(site.name, at_once if neighbour.direct else how, neighbour.layer))
+        options.append(found)
+    return options
 
 
 def _confirmed(
-    bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any]
+    bare: nn.Module, sites: Sequence[Site], rows: Rows, options: Sequence[list[Fold]], inputs: Sequence[Any]
 ) -> list[Fold]:
-    """The plan without the folds that are not exact: their gates become parts of modules.
+    """The best of the options that are exact: where a fold is not, the next is tried; the last is a gate.
 
-    Tried on a twin without parameters that hide the flow, in single precision at least. A fold before a site may be
-    seen by others than the site, which would be blamed for it; so if blame does not end it, all such folds go.
+    Tried on a twin without parameters that hide the flow, in single precision at least. A fold before or behind a site
+    may be seen by others, which would be blamed for it; so if blame leads nowhere, all such folds go, and then all.
     """
     twin = _lively(bare)
     inputs = [_cast_like(twin, each) for each in inputs]
-    by_name = {site.name: site for site in sites}
-    for suspects in ("blamed", "before", "all"):
-        falling = _wrong(twin, sites, rows, plan, inputs)
-        if not falling:
-            break
-        if suspects != "blamed":
-            falling = {fold.site for fold in plan if suspects == "all" or fold.how == "weights before"}
-        plan = [_as_gate(by_name[fold.site]) if fold.site in falling and fold.how != "open" else fold for fold in plan]
-    return list(plan)
+    chosen = [0] * len(options)
+    while True:
+        plan = [each[index] for each, index in zip(options, chosen, strict=True)]
+        wrong = _wrong(twin, sites, rows, plan, inputs)
+        blamed = [n for n, fold in enumerate(plan) if fold.site in wrong and fold is not options[n][-1]]
+        indirect = [n for n, fold in enumerate(plan) if fold.how in ("weights before", "columns behind")]
+        others = [n for n, fold in enumerate(plan) if fold is not options[n][-1]]
+        if not wrong or not others:
+            return plan
+        for n in blamed or indirect or others:
+            chosen[n] = chosen[n] + 1 if blamed else len(options[n]) - 1
 
 
 def _lively(bare: nn.Module) -> nn.Module:
@@ -207,8 +209,9 @@ def _wrong(twin: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fo
     folded = _folded(twin, sites, rows, plan)
     wrong: set[str] = set()
     places: dict[str, list[str]] = defaultdict(list)  # where sites can be seen in both: what their module puts out
-    for site in sites:
-        places[site.within or site.module].append(site.name)
+    for site, fold in zip(sites, plan, strict=True):
+        place = fold.layer if fold.how == "columns behind" else site.module
+        places[site.within or place].append(site.name)
     for each in inputs:
         recorded: dict[str, list[list[Any]]] = defaultdict(list)
 
@@ -256,13 +259,13 @@ def _folded(bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[F
     folded = copy.deepcopy(bare)
     device = next((parameter.device for parameter in folded.parameters()), None)
     # columns first: what a layer takes in is gated before what it puts out
-    for site, fold in sorted(zip(sites, plan, strict=True), key=lambda pair: pair[1].how != "columns"):
+    for site, fold in sorted(zip(sites, plan, strict=True), key=lambda pair: "columns" not in pair[1].how):
         g, closed = rows[site.name]
         module = folded.get_submodule(fold.layer)
         if fold.how == "gate":
             layer = folded.get_submodule(site.module) if site.within else None
             put_gate(module, site, g.to(device), None if closed is None else closed.to(device), layer)
-        elif fold.how == "columns":
+        elif "columns" in fold.how:
             scale_columns(module, site, g, closed)
         elif fold.how != "open":
             scale_rows(module, site, g, closed)

@@ -1,4 +1,4 @@
-"""Layers that gates fold into: which lie before a site, and what a gate does to their weights."""
+"""Layers that gates fold into: which lie before and behind a site, and what a gate does to their weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tracing import Call, Trace, has_weights, layer_axis
 
 
 @dataclass(frozen=True)
-class Producer:
+class Neighbour:
     """The layer that gates of a site could fold into.
 
     direct: the site is what that layer puts out, or takes in. at_random: between the two lies something that acts
@@ -27,7 +27,7 @@ class Producer:
     at_random: bool = False
 
 
-def producers(seen: Trace, sites: Sequence[Site]) -> dict[str, Producer]:
+def producers(seen: Trace, sites: Sequence[Site]) -> dict[str, Neighbour]:
     """{site: the layer that its gates could fold into}, as far as calls of modules show; sites without are not in.
 
     Functions may use a layer's output unseen, or change it in place: that is for the caller to try.
@@ -40,14 +40,54 @@ def producers(seen: Trace, sites: Sequence[Site]) -> dict[str, Producer]:
         assert call is not None  # `find` has seen it
         if site.side == "input":
             if _takes_units(call, site):
-                found[site.name] = Producer(site.module, True)
+                found[site.name] = Neighbour(site.module, True)
             continue
         chain = list(_back(seen, site, call, times, taken))
         if chain and _foldable(chain[-1], site) and not _used_by_others(seen, chain):
             between = [each.module for each in chain[:-1] if not seen.children[seen.first[each.name]]]
-            at_random = any("Drop" in type(module).__name__ for module in between)
-            found[site.name] = Producer(chain[-1].name, not between, at_random)
+            at_random = any(map(_at_random, between))
+            found[site.name] = Neighbour(chain[-1].name, not between, at_random)
     return found
+
+
+def consumers(seen: Trace, sites: Sequence[Site]) -> dict[str, Neighbour]:
+    """{site on an output: the one layer that takes it in}, at once or behind layers without parameters."""
+    times = Counter(call.name for call in seen.calls)
+    taken = {site.module for site in sites}
+    found = {}
+    for site in sites:
+        call = seen.call(site.module)
+        assert call is not None
+        if site.side == "input" or times[site.module] > 1:
+            continue
+        serial = next(leaf.serial for leaf in call.outputs if leaf.index == (site.leaf or 0))
+        at_random, place = False, seen.first[site.module]
+        while True:
+            inside = {id(each) for each in seen.inside(call)}
+            later = [
+                (at, each)
+                for at, each in enumerate(seen.calls)
+                if at > place and id(each) not in inside and serial in [x.serial for x in each.inputs]
+            ]
+            leaves = [(at, each) for at, each in later if not seen.children[at]]
+            if not leaves or times[leaves[0][1].name] > 1:
+                break
+            place, call = leaves[0]
+            if len(leaves) > 1 and serial not in [x.serial for x in call.outputs]:  # as an identity puts it out again
+                break
+            if _takes_units(call, site) and not {each.name for _, each in later} & taken:
+                found[site.name] = Neighbour(call.name, False, at_random)
+            passes = len(call.inputs) == len(call.outputs) == 1 and not any(True for _ in call.module.parameters())
+            if not passes or call.name in taken or call.inputs[0].shape != call.outputs[0].shape:
+                break
+            at_random |= _at_random(call.module)
+            serial = call.outputs[0].serial
+    return found
+
+
+def _at_random(module: nn.Module) -> bool:
+    """Dropout, unless it drops nothing."""
+    return "Drop" in type(module).__name__ and bool(getattr(module, "p", getattr(module, "drop_prob", 1)))
 
 
 def _back(seen: Trace, site: Site, call: Call, times: Counter[str], taken: set[str]) -> Iterator[Call]:

@@ -64,7 +64,7 @@ class Shrinking:
         )
 
 
-def shrink(model: nn.Module, *, example: Any = None) -> nn.Module:
+def shrink(model: nn.Module, *, example: Any = None, multiple: int = 8) -> nn.Module:
     """A smaller copy of `model`, for instance of a `sub_architecture`, that puts out the same up to rounding.
 
     Its attribute `shrinking`, a `Shrinking`, says what was cut. A unit goes only if whatever reads it reads a constant,
@@ -78,7 +78,7 @@ def shrink(model: nn.Module, *, example: Any = None) -> nn.Module:
     check_model(model)
     example = zoo.example_for(model) if example is None else example
     with torch.inference_mode(False), undisturbed(model):
-        return _Work(pruning, model, example).run()
+        return _Work(pruning, model, example, multiple).run()
 
 
 def speed_up(before: nn.Module, after: nn.Module, example: Any, rounds: int = 11) -> float:
@@ -103,7 +103,8 @@ def _seconds(model: nn.Module, example: Any) -> float:
 class _Work:
     """The work on one model: groups of coupled layers, one after the other, each tried, and taken back if it fails."""
 
-    def __init__(self, pruning: Any, model: nn.Module, example: Any):
+    def __init__(self, pruning: Any, model: nn.Module, example: Any, multiple: int):
+        self.multiple = multiple
         self.pruning, self.model, self.example = pruning, copy.deepcopy(model), example
         self.inputs = [example, varied(example)]
         self.names = {module: name for name, module in self.model.named_modules()}
@@ -180,7 +181,10 @@ class _Work:
         carrier = max(carriers, key=lambda row: (len(bordered[row]), min(bordered[row].values())), default=None)
         if carrier is not None:
             dead = [row for row in dead if row != carrier and bordered[row].keys() <= bordered[carrier].keys()]
-        return (dead, carrier) if len(dead) < len(group[0].idxs) else (dead[1:], carrier)
+        units = len(group[0].idxs)
+        width = max(1, units - len(dead))
+        width = min(units, -(-width // self.multiple) * self.multiple)
+        return dead[: units - width], carrier
 
     @torch.no_grad()
     def cut(self, graph: Any, layer: nn.Module, group: Any, dead: list[int], carrier: int | None) -> bool:
