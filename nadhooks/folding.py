@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import zoo
 from .comparing import close, difference, largest, outputs, varied
-from .errors import ModelError
+from .errors import ModelError, TaskError
 from .gated import put_gate
 from .gates import check_model, remove_gates
 from .gating import gate
@@ -104,7 +104,10 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
     values or where no way gives the hooked model's outputs.
     """
     check_model(model)
-    chosen = masks.select(masks.labels if task is None and len(masks) == 1 else [task])
+    if task is None and len(masks) != 1:
+        some = ", ".join(masks.tasks[:4]) + (", …" if len(masks) > 4 else "")
+        raise TaskError(f"expected one of the {len(masks)} tasks ({some}) as task=, got none")
+    chosen = masks.select(masks.labels if task is None else [task])
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("folding needs weights, and this model is on the meta device; load them first")
     example = zoo.example_for(model) if example is None else example
