@@ -72,6 +72,8 @@ def shrink(model: nn.Module, *, example: Any = None, multiple: int = 8) -> nn.Mo
     by zero. So units of a residual stream stay unless all that add to them are closed; attention keeps its heads, and
     units that a layer or group norm averages over stay. Units whose gates became part of a module stay too.
 
+    multiple: layers keep so many dead units that their widths are multiples of it, which most devices compute faster.
+
     Raises NadhooksError where torch-pruning is not installed, ModelError where it cannot follow the model.
     """
     pruning = _torch_pruning()
@@ -117,6 +119,11 @@ class _Work:
     def run(self) -> nn.Module:
         before = sum(parameter.numel() for parameter in self.model.parameters())
         graph = self.graph()
+        if not any(layer in graph.module2node for layer in self.constants):
+            raise ModelError(
+                f"torch-pruning sees none of the layers of {type(self.model).__name__}: it reads them off gradients, "
+                "and the outputs have none; use the sub_architecture as it is"
+            )
         done: set[nn.Module] = set()
         for layer in list(self.constants):
             if layer in done or layer not in graph.module2node or _grouped(layer):
@@ -202,9 +209,9 @@ class _Work:
         try:
             self.group(graph, layer, dead).prune()
             found = [outputs(self.model, each) for each in self.inputs]
-            problem = None if all(map(close, found, self.expected)) else "the outputs would be others"
+            problem = None if all(map(close, found, self.expected)) else "without them the outputs are others"
         except Exception as error:  # shapes that do not fit: something unseen holds these units too
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"something else needs their number ({type(error).__name__}: {error})"
         if problem is None:
             self.constants = left
             self.removed[self.names[layer]] = len(dead)

@@ -17,7 +17,7 @@ from tests.test_folding import draw
 
 
 class Chain(nn.Module):
-    """Padded convolutions with norms, so that closed units are constants with a border: (batch, 2, 6, 6) -> (batch, 3)."""
+    """Padded convolutions with norms: closed units are constants with a border; (batch, 2, 6, 6) -> (batch, 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_a_model_that_torch_pruning_cannot_follow_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).detach()
 
-    with pytest.raises(ModelError, match="torch-pruning cannot follow Odd"):
+    with pytest.raises(ModelError, match="torch-pruning sees none of the layers of Odd"):
         nadhooks.shrink(seeded(Odd), example=images())
 
 
