@@ -24,7 +24,7 @@ from . import zoo
 from .comparing import close, difference, largest, outputs, varied
 from .errors import ModelError, TaskError
 from .gated import put_gate
-from .gates import check_model, remove_gates
+from .gates import bare_copy, check_model
 from .gating import gate
 from .hooking import on_site
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
@@ -112,8 +112,7 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
         raise ModelError("folding needs weights, and this model is on the meta device; load them first")
     example = zoo.example_for(model) if example is None else example
     with torch.inference_mode(False), torch.no_grad():
-        bare = copy.deepcopy(model)
-        remove_gates(bare)
+        bare = bare_copy(model)
         seen = trace(bare, example)
         sites, _ = find(seen, chosen.sites)
         rows: Rows = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -414,14 +415,31 @@ def _parameters_behind(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
     return {site.name: count for site, count in zip(ordered, counts, strict=True)}
 
 
-def remove_gates(model: nn.Module) -> None:
-    """Takes every gate's hooks off a model, whoever attached them: for copies of a model, hooks come along."""
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model without the hooks of gates, whoever attached them; other hooks come along."""
+    memo: dict[int, Any] = {}
     for module in model.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        memo |= {id(owner): owner for owner in map(_owner, hooks) if isinstance(owner, OURS)}
+        # what a module has cached in a forward pass with gradients refuses to be copied
+        cached = (x for x in pytree.tree_leaves(list(vars(module).values())) if isinstance(x, Tensor) and not x.is_leaf)
+        memo |= {id(x): x.detach().clone() for x in cached}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             for key, hook in list(getattr(module, kind).items()):
-                if isinstance(getattr(hook, "__self__", hook), (SiteHook, WithinHook, _Entry)):
-                    for hooks in (name for name in vars(module) if name.startswith(kind)):  # with what goes by its key
+                if isinstance(_owner(hook), OURS):
+                    for hooks in [name for name in vars(module) if name.startswith(kind)]:  # with what goes by its key
                         getattr(module, hooks).pop(key, None)
+    return copied
+
+
+OURS = (SiteHook, WithinHook, _Entry)
+
+
+def _owner(hook: Any) -> Any:
+    """What a hook belongs to: the object of a method, or itself."""
+    return getattr(hook, "__self__", hook)
 
 
 def check_model(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ zero padding makes a border of it, one constant unit stays and carries the contr
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 import warnings
@@ -29,7 +28,7 @@ from . import zoo
 from .comparing import close, difference, largest, outputs, varied
 from .errors import ModelError, NadhooksError
 from .gated import Gated
-from .gates import check_model
+from .gates import bare_copy, check_model
 from .layers import own, put
 from .tracing import call_model, has_weights, layer_axis, undisturbed
 
@@ -107,7 +106,7 @@ class _Work:
 
     def __init__(self, pruning: Any, model: nn.Module, example: Any, multiple: int):
         self.multiple = multiple
-        self.pruning, self.model, self.example = pruning, copy.deepcopy(model), example
+        self.pruning, self.model, self.example = pruning, bare_copy(model), example
         self.inputs = [example, varied(example)]
         self.names = {module: name for name, module in self.model.named_modules()}
         self.removed: dict[str, int] = {}

@@ -208,11 +208,19 @@ def test_a_model_with_gates_attached_is_folded_without_them_and_keeps_them() -> 
         with torch.no_grad():
             gates.logits["conv1"][0, :2] = 0
         before = hooks_on(model)
-        with gates(0):
-            folded = nadhooks.sub_architecture(model, gates.masks(), example=x)
+        masks = gates.masks()
+        with gates.apply({"conv1": gates.logits["conv1"][0] * 1}):  # not a leaf, so nothing that could be copied
+            folded = nadhooks.sub_architecture(model, masks, example=x)
             expected = model(x)
         assert hooks_on(folded) == 0 < before == hooks_on(model)
         assert torch.equal(folded(x), expected)
+
+
+def test_what_a_model_has_cached_with_gradients_is_no_obstacle() -> None:
+    model, x = seeded(Line), images()
+    vars(model)["cache"] = {"last": model(x)}  # as attention layers cache biases in eval mode
+    masks = masks_of(model, "conv1", x)
+    assert torch.equal(nadhooks.sub_architecture(model, masks, 0, example=x)(x), hooked(model, masks, 0, x))
 
 
 def test_a_sub_architecture_can_be_trained_further() -> None:
