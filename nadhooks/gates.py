@@ -429,8 +429,8 @@ def bare_copy(model: nn.Module) -> nn.Module:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             for key, hook in list(getattr(module, kind).items()):
                 if isinstance(_owner(hook), OURS):
-                    for hooks in [name for name in vars(module) if name.startswith(kind)]:  # with what goes by its key
-                        getattr(module, hooks).pop(key, None)
+                    for table in [name for name in vars(module) if name.startswith(kind)]:  # with what goes by its key
+                        getattr(module, table).pop(key, None)
     return copied
 
 
