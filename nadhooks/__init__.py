@@ -8,10 +8,12 @@ from . import methods, objectives, sites
 from ._version import __version__
 from .errors import NadhooksError
 from .flow import flow_graph
+from .folding import sub_architecture
 from .formats import render
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
+from .shrinking import shrink
 from .sites import Site
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "methods",
     "objectives",
     "render",
+    "shrink",
     "sites",
+    "sub_architecture",
 ]

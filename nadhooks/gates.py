@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -16,7 +17,7 @@ from . import zoo
 from ._version import __version__
 from .errors import ModelError, NadhooksError, SiteError, TaskError
 from .gating import Clip, chosen_units, gate, unit_sums
-from .hooking import Handle, on_site
+from .hooking import Handle, SiteHook, WithinHook, on_site
 from .identity import structure_of, unlike, without_wrappers
 from .masks import Masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
@@ -49,7 +50,7 @@ def attach(
     Raises SiteError when no site can be found, ModelError when the model or example cannot be used, TaskError for bad
     tasks. After an error the model is as it was.
     """
-    _check_model(model)
+    check_model(model)
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
 
 
@@ -440,7 +441,35 @@ def _parameters_behind(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
     return {site.name: count for site, count in zip(ordered, counts, strict=True)}
 
 
-def _check_model(model: nn.Module) -> None:
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model without the hooks of gates, whoever attached them; other hooks come along."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        memo |= {id(owner): owner for owner in map(_owner, hooks) if isinstance(owner, OURS)}
+        # what a module has cached in a forward pass with gradients refuses to be copied
+        cached = (x for x in pytree.tree_leaves(list(vars(module).values())) if isinstance(x, Tensor) and not x.is_leaf)
+        memo |= {id(x): x.detach().clone() for x in cached}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            for key, hook in list(getattr(module, kind).items()):
+                if isinstance(_owner(hook), OURS):
+                    for table in [name for name in vars(module) if name.startswith(kind)]:  # with what goes by its key
+                        getattr(module, table).pop(key, None)
+    return copied
+
+
+OURS = (SiteHook, WithinHook, _Entry)
+
+
+def _owner(hook: Any) -> Any:
+    """What a hook belongs to: the object of a method, or itself."""
+    return getattr(hook, "__self__", hook)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ModelError for models that hooks do not work on: scripted, quantised and compiled ones."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():

@@ -44,12 +44,17 @@ def gate(
 
 
 def _spread(rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool) -> Tensor:
-    rows = rows.to(device=x.device, dtype=x.dtype)
-    if block > 1:
-        rows = rows.repeat(1, block) if alternating else rows.repeat_interleave(block, 1)
+    rows = positions(rows.to(device=x.device, dtype=x.dtype), block, alternating)
     shape = [1] * x.dim()
     shape[0], shape[axis] = rows.shape
     return rows.reshape(shape)
+
+
+def positions(rows: Tensor, block: int, alternating: bool) -> Tensor:
+    """(n, units) -> (n, positions on the axis): what holds for a unit at each of its `block` positions."""
+    if block == 1:
+        return rows
+    return rows.repeat(1, block) if alternating else rows.repeat_interleave(block, 1)
 
 
 class Clip(torch.autograd.Function):
