@@ -6,6 +6,7 @@ was learnt, `flow_graph` and `render` show it.
 
 from . import methods, objectives, sites
 from ._version import __version__
+from .collapsing import collapse
 from .errors import NadhooksError
 from .flow import flow_graph
 from .formats import render
@@ -21,6 +22,7 @@ __all__ = [
     "Site",
     "__version__",
     "attach",
+    "collapse",
     "flow_graph",
     "learn",
     "load",

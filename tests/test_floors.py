@@ -7,13 +7,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
-    {"errors", "_version", "nesting", "functional", "formats.writing"},
+    {"errors", "_version", "nesting", "functional", "formats.writing", "formats.scene", "formats.words"},
+    {"collapsing", "formats.labels", "formats.drawing", "formats.tikz"},
     {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
     {"structure", "methods"},
     {"sites"},
     {"hooking", "gating", "masks", "sampling"},
     {"wiring"},
-    {"gates", "flow", "formats.dot"},
+    {"gates", "flow", "formats.dot", "formats.site_layout"},
+    {"formats.site_scene"},
+    {"formats.unit_scene"},
     {"learning", "formats"},
     {"evaluation.recognition"},
     {"evaluation", "demo"},
