@@ -9,10 +9,10 @@ from ._version import __version__
 from .collapsing import collapse
 from .errors import NadhooksError
 from .flow import flow_graph
-from .formats import render
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
+from .rendering import render
 from .sites import Site
 
 __all__ = [

@@ -11,6 +11,7 @@ import networkx as nx
 from ..errors import RenderError
 from .dot import to_dot
 from .drawing import draw
+from .html import Kept, to_html
 from .scene import Scene
 from .site_layout import DOUBLE, SINGLE
 from .site_scene import site_scene
@@ -40,6 +41,7 @@ def _drawn(format: str) -> Writer:
 
 PICTURE_WRITERS: dict[str, Writer] = {f".{format}": _drawn(format) for format in ("svg", "png", "pdf")}
 TEXT_WRITERS: dict[str, Writer] = {
+    ".html": lambda graph, _: to_html(graph).encode(),
     ".tex": lambda graph, width: to_tikz(scene(graph, width)).encode(),
     ".dot": lambda graph, _: to_dot(graph).encode(),
     ".gv": lambda graph, _: to_dot(graph).encode(),
@@ -48,12 +50,13 @@ WRITERS = PICTURE_WRITERS | TEXT_WRITERS
 PICTURES, TEXT = tuple(PICTURE_WRITERS), tuple(TEXT_WRITERS)
 
 
-def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "double") -> None:
+def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "double", kept: Kept | None = None) -> None:
     """Writes a graph made by `flow_graph` or `unit_flow` into a file; the suffix chooses the format.
 
     .svg, .png (300 dots per inch), .pdf and .tex (TikZ) are pictures as wide as a paper's column: "single" (3.5
-    inches), "double" (7.16 inches) or a number of points (1/72 inch). .dot and .gv are Graphviz's text.
-    The same graph gives the same bytes.
+    inches), "double" (7.16 inches) or a number of points (1/72 inch). .html is a page to move about in, which needs no
+    network; it can switch between and combine the tasks in `kept_units`, or in kept: {site: (tasks, units) bool}. .dot
+    and .gv are Graphviz's text. The same graph gives the same bytes.
 
     Raises RenderError for another suffix, for a graph that is too large to be read at that width (nadhooks.collapse
     makes it smaller), and where the file cannot be written, in which case an older file of that name stays as it was.
@@ -66,7 +69,7 @@ def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "doub
     if suffix not in WRITERS:
         raise RenderError(f"{path}: expected a name that ends in {', '.join(WRITERS)}, got {suffix or 'no suffix'!r}")
     try:
-        data = WRITERS[suffix](graph, width)
+        data = to_html(graph, kept).encode() if suffix == ".html" else WRITERS[suffix](graph, width)
     except (KeyError, AttributeError, TypeError) as error:
         raise RenderError(f"expected a graph made by nadhooks.flow_graph, got {graph!r} ({error})") from error
     try:

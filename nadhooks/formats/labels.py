@@ -94,7 +94,7 @@ def _split(columns: list[list[str]], depth: int) -> tuple[dict[str, str], tuple[
         start, end = _ends(names)
         if len(names) == 1:
             alone = names[0].rpartition(".")[2]
-            texts[names[0]] = names[0] if len(names[0]) <= 8 or alone == names[0] else f"…{alone}"
+            texts[names[0]] = names[0] if len(names[0]) <= 12 or alone == names[0] else f"…{alone}"
             continue
         texts.update({name: name[len(start) : len(name) - len(end)] for name in names})
         headers.append((f"{start}*{end}", names[0], names[-1]))

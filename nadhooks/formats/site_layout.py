@@ -20,7 +20,24 @@ SINGLE, DOUBLE = 252.0, 516.0  # points: 3.5 and 7.16 inches, the columns of mos
 MARGIN = 6.0
 PITCH = 7.4  # the least width of a stage that can be read
 LARGEST, SMALLEST = 5.0, 0.8  # sides of a unit's square
-ACROSS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # squares beside each other: numbers of units divide by them
+ACROSS = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+)  # squares beside each other: numbers of units divide by them
 BAND = 11.0  # the widest band
 ROUTES = 900  # more edges would be a blot
 TALL = 230.0  # of grids above each other
@@ -65,14 +82,17 @@ class Layout:
 
 
 def lay_out(graph: nx.DiGraph, width: float | None) -> Layout:
-    """A layout that fills the width; without one, as wide as reads well. Raises RenderError where it cannot fit."""
+    """A layout that fills the width, or raises RenderError where it cannot; without one, a layout to move about in:
+    as wide as it takes, and with a square for every unit.
+    """
     columns = _columns(graph)
     wide = [number for number, column in enumerate(columns) if any(_is_site(graph, name) for name in column)]
     narrow = {number: _narrow(graph, column) for number, column in enumerate(columns) if number not in wide}
+    bounded, smallest = width is not None, SMALLEST if width is not None else 0.1
     if width is None:
-        width = 2 * MARGIN + sum(narrow.values()) + 64.0 * max(1, len(wide))
+        width = 2 * MARGIN + sum(narrow.values()) + 56.0 * max(1, len(wide))
     pitch = (width - 2 * MARGIN - sum(narrow.values())) / max(1, len(wide))
-    if pitch < PITCH or graph.number_of_edges() > ROUTES:
+    if bounded and (pitch < PITCH or graph.number_of_edges() > ROUTES):
         raise RenderError(
             f"too large to be read in a picture {width:.0f} points wide: {len(wide)} stages and "
             f"{graph.number_of_edges()} edges (room for {int((width - 60) / PITCH)} stages and {ROUTES} edges); "
@@ -82,7 +102,8 @@ def lay_out(graph: nx.DiGraph, width: float | None) -> Layout:
     lanes = max(len(column) for column in columns)
     grid = min(0.58 * pitch, 34.0)
     most = max([data["units"] for _, data in graph.nodes(data=True) if _is_site(graph, _)] or [1])
-    cell, each = _cell(most, grid, min(TALL / lanes, max(60.0, 0.34 * width)))
+    tall = min(TALL / lanes, max(60.0, 0.34 * width)) if bounded else max(TALL, min(700.0, 0.4 * width)) / lanes
+    cell, each = _cell(most, grid, tall, smallest)
     labels = label([[name for name in columns[number] if _is_site(graph, name)] for number in wide], pitch)
     below = labels.height
     x, places = MARGIN, {}
@@ -142,12 +163,12 @@ def _narrow(graph: nx.DiGraph, column: list[str]) -> float:
     return 9.0 if all(graph.nodes[name]["kind"] == "join" for name in column) else 20.0
 
 
-def _cell(most: int, grid: float, tall: float) -> tuple[float, int]:
+def _cell(most: int, grid: float, tall: float, smallest: float) -> tuple[float, int]:
     """The side of a square, and how many units share one, so that the widest site fits."""
     for each in (2**power for power in range(32)):
         for across in ACROSS:
             cell = int(20 * min(LARGEST, grid / across)) / 20  # round numbers make short files
-            if cell >= min(SMALLEST, grid) and math.ceil(math.ceil(most / each) / across) * cell <= tall:
+            if cell >= min(smallest, grid) and math.ceil(math.ceil(most / each) / across) * cell <= tall:
                 return cell, each
     raise AssertionError("unreachable: a single square fits")
 

@@ -50,7 +50,7 @@ JOINS = {  # colour of the band and sign where it arrives
 def site_scene(graph: nx.DiGraph, width: float | None) -> Scene:
     """The picture of a graph made by `flow_graph`, so many points wide. Raises RenderError where it cannot fit."""
     layout = lay_out(graph, width)
-    painter = _Painter(graph, layout, max(layout.width, width or 0.0))
+    painter = SitePainter(graph, layout, max(layout.width, width or 0.0))
     return painter.scene()
 
 
@@ -86,10 +86,13 @@ def _both_known(graph: nx.DiGraph) -> bool:
     return union and all(set(tasks) <= set(data.get("kept_units") or ()) for data in sites)
 
 
-class _Painter:
+class SitePainter:
+    """Turns places into shapes; `down` and `left` move the layout onto the sheet."""
+
     def __init__(self, graph: nx.DiGraph, layout: Layout, width: float) -> None:
         self.graph, self.layout, self.width = graph, layout, width
         self.shapes: list[Shape] = []
+        self.down = 0.0
         self.left = (width - layout.width) / 2
         sites = [data for _, data in graph.nodes(data=True) if data["kind"] == "site"]
         longest = max([text_width(f"{d['units']:,} / {d['units']:,}", layout.labels.small) for d in sites] or [0.0])
@@ -104,10 +107,10 @@ class _Painter:
         for source, target in self.graph.edges:
             self._band(source, target)
         for name, data in self.graph.nodes(data=True):
-            {"site": self._site, "join": self._join}.get(data["kind"], self._end)(name, data)
+            {"site": self._site, "join": self._join}.get(data["kind"], self.end)(name, data)
         for target in self.graph:
             self._sign(target)
-        bottom = self._legend(self._headers(self.down + self.layout.bottom) + 10)
+        bottom = self._legend(self.headers(self.down + self.layout.bottom) + 10)
         return Scene(self.width, bottom + MARGIN, headline(self.graph), self.shapes)
 
     def _at(self, x: float, y: float) -> tuple[float, float]:
@@ -163,7 +166,7 @@ class _Painter:
             groups[FAINT] = list(range(math.ceil(data["units"] / layout.each)))
         for colour in sorted(groups, key=lambda colour: colour != FAINT):
             self.shapes.append(Cells(tuple(self._boxes(place, groups[colour])), colour, about))
-        self._label(name, place, data)
+        self.label(name, place, data)
 
     def _boxes(self, place: Place, squares: Sequence[int]) -> Iterable[tuple[float, float, float, float]]:
         x, y = self._at(place.x, place.y)
@@ -182,7 +185,7 @@ class _Painter:
                 row, column = divmod(square, place.columns)
                 yield x + column * cell + gap / 2, y + row * cell + gap / 2, cell - gap, cell - gap
 
-    def _label(self, name: str, place: Place, data: dict[str, Any]) -> None:
+    def label(self, name: str, place: Place, data: dict[str, Any]) -> None:
         layout, labels = self.layout, self.layout.labels
         lowest = place.y + place.height if layout.lanes > 1 else max(p.y + p.height for p in layout.places.values())
         x, y = self._at(place.x + place.width / 2, lowest + 3)
@@ -201,7 +204,7 @@ class _Painter:
         y += size * (0.9 + 1.18 * (len(lines) - 1)) + 1.15 * labels.small
         self.shapes.append(Text(x, y, figure, labels.small, GREY, "middle"))
 
-    def _headers(self, y: float) -> float:
+    def headers(self, y: float) -> float:
         """Globs under the sites that they stand for, with a line over all of them; the lowest point of all."""
         lowest = y
         for text, first, last in self.layout.labels.headers:
@@ -223,7 +226,7 @@ class _Painter:
         x, y = self._at(place.x + place.width / 2, place.y + place.height / 2)
         self._token(x, y, place.width / 2, colour, sign)
 
-    def _end(self, name: str, data: dict[str, Any]) -> None:
+    def end(self, name: str, data: dict[str, Any]) -> None:
         place = self.layout.places[name]
         x, y = self._at(place.x, place.y)
         self.shapes.append(Cells(((x, y, place.width, place.height),), INK, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -49,7 +50,7 @@ def unit_scene(graph: nx.DiGraph, width: float) -> Scene:
             f"and {EDGES}); keep fewer with a smaller coverage=, draw nadhooks.collapse(graph), a band for each pair "
             "of sites, or render to .html"
         )
-    return _Strips(graph, width).scene()
+    return Strips(graph, width).scene()
 
 
 def columns_of(graph: nx.DiGraph) -> list[list[str]]:
@@ -60,8 +61,10 @@ def columns_of(graph: nx.DiGraph) -> list[list[str]]:
     return [stages[stage] for stage in sorted(stages)]
 
 
-class _Strips:
-    def __init__(self, graph: nx.DiGraph, width: float) -> None:
+class Strips:
+    """Places strips and units, and turns them into shapes."""
+
+    def __init__(self, graph: nx.DiGraph, width: float, tall: float = 0.0) -> None:
         self.graph, self.width = graph, width
         self.shapes: list[Shape] = []
         self.columns = columns_of(graph)
@@ -75,7 +78,7 @@ class _Strips:
             )
         self.labels: Labels = label(self.columns, self.pitch)
         self.strip = min(9.0, 0.34 * self.pitch)
-        self.tall = max(130.0, min(260.0, 0.42 * width))
+        self.tall = tall or max(130.0, min(260.0, 0.42 * width))
         self.most = max((abs(data["weight"]) for *_, data in graph.edges(data=True)), default=1.0) or 1.0
         strengths = [abs(data["attribution"]) for _, data in graph.nodes(data=True) if "attribution" in data]
         self.strongest = max(strengths, default=1.0) or 1.0
@@ -85,25 +88,29 @@ class _Strips:
         title = wrapped(subtitle(self.graph), TITLE, self.width - 2 * MARGIN)
         for number, text in enumerate(title):
             self.shapes.append(Text(MARGIN, MARGIN + TITLE * (1 + 1.25 * number), text, TITLE))
-        figures = self._figures_height()
-        self.top = MARGIN + TITLE * 1.25 * len(title) + 6 + figures
-        between = figures + self.labels.height + 6 if self.lanes > 1 else 0.0
-        height = self.tall * (1 + 0.5 * (self.lanes - 1)) + between * (self.lanes - 1)
-        self.bottom = self.top + height
-        strips = self._place(between)
+        strips = self.place(MARGIN + TITLE * 1.25 * len(title) + 6)
         for name, strip in strips.items():
             self.shapes.append(Cells((strip,), FAINT, name))
-        self._place_nodes(strips)
         edges = sorted(self.graph.edges(data=True), key=lambda edge: abs(edge[2]["weight"]))
         for source, target, data in edges:
             self._edge(source, target, data["weight"])
         for name, data in self.graph.nodes(data=True):
-            self._node(name, data)
-        lowest = self._names(strips)
+            self.node(name, data)
+        lowest = self.names(strips)
         lowest = self._legend(lowest + 9)
         return Scene(self.width, lowest + MARGIN, subtitle(self.graph), self.shapes)
 
     # --- places ---
+
+    def place(self, top: float = MARGIN) -> dict[str, Box]:
+        """The boxes of all strips; `boxes` then has those of all nodes."""
+        figures = self._figures_height()
+        self.top = top + figures
+        between = figures + self.labels.height + 6 if self.lanes > 1 else 0.0
+        self.bottom = self.top + self.tall * (1 + 0.5 * (self.lanes - 1)) + between * (self.lanes - 1)
+        strips = self._place(between)
+        self._place_nodes(strips)
+        return strips
 
     def _place(self, between: float) -> dict[str, Box]:
         strips = {}
@@ -161,16 +168,16 @@ class _Strips:
         width, opacity = max(THINNEST, WIDEST * share), round(0.18 + 0.67 * math.sqrt(share), 3)
         self.shapes.append(Stroke(swing(start, end), width, colour, opacity, about=about))
 
-    def _node(self, name: str, data: dict[str, Any]) -> None:
+    def node(self, name: str, data: dict[str, Any]) -> None:
         kind, box = data["kind"], self.boxes[name]
         if kind == "unit":
-            self.shapes.append(Cells((box,), self.colour(data["attribution"]), f"{name}: {data['attribution']:+.4g}"))
+            self.shapes.append(Cells((box,), self.fill(name), f"{name}: {data['attribution']:+.4g}"))
         elif kind == "bias":
             x, y, side, _ = box
             self.shapes.append(Disc(x + side / 2, y + side / 2, side / 2, PAPER, GREY))
         elif "row" in data:
             x, y, wide, tall = box
-            self.shapes.append(Cells((box,), self.region(name), name))
+            self.shapes.append(Cells((box,), self.fill(name), name))
             self.shapes.append(
                 Stroke(line((x, y), (x + wide, y), (x + wide, y + tall), (x, y + tall), (x, y)), 0.4, GREY)
             )
@@ -184,16 +191,24 @@ class _Strips:
             x, y, *_ = box
             self.shapes.append(Text(x, y - 3, "input", SMALL + 0.5))
 
-    def colour(self, attribution: float) -> str:
-        strength = 0.3 + 0.7 * math.sqrt(abs(attribution) / self.strongest)
-        return mixed(PAPER, POSITIVE if attribution >= 0 else NEGATIVE, strength)
+    def fill(self, name: str) -> str:
+        """A unit's colour by its attribution, an image region's by the sum of its edges."""
+        data = self.graph.nodes[name]
+        if "row" in data:
+            share = self.regions[name] / (max(map(abs, self.regions.values())) or 1.0)
+            return mixed(PAPER, POSITIVE if share >= 0 else NEGATIVE, abs(share))
+        if data["kind"] != "unit":
+            return PAPER if data["kind"] == "bias" else INK
+        strength = 0.3 + 0.7 * math.sqrt(abs(data["attribution"]) / self.strongest)
+        return mixed(PAPER, POSITIVE if data["attribution"] >= 0 else NEGATIVE, strength)
 
-    def region(self, name: str) -> str:
-        """The colour of a region of the image, by the sum of its edges."""
-        sums = {other: sum(data["weight"] for *_, data in self.graph.out_edges(other, data=True))
-                for other, node in self.graph.nodes(data=True) if "row" in node}  # fmt: skip
-        share = sums[name] / (max(map(abs, sums.values())) or 1.0)
-        return mixed(PAPER, POSITIVE if share >= 0 else NEGATIVE, abs(share))
+    @cached_property
+    def regions(self) -> dict[str, float]:
+        return {
+            name: sum(data["weight"] for *_, data in self.graph.out_edges(name, data=True))
+            for name, node in self.graph.nodes(data=True)
+            if "row" in node
+        }
 
     def _class_name(self) -> str:
         return ", ".join(map(called, self.graph.graph.get("tasks", []))) or "output"
@@ -214,7 +229,7 @@ class _Strips:
         self.size = min(5.5, 0.62 * self.pitch)
         return max(text_width(" · ".join(self._figures(name)), self.size) for c in self.columns for name in c) + 4
 
-    def _names(self, strips: dict[str, Box]) -> float:
+    def names(self, strips: dict[str, Box]) -> float:
         lowest = self.bottom + (7 if any(d["kind"] == "bias" for _, d in self.graph.nodes(data=True)) else 2)
         for name, (x, y, wide, tall) in strips.items():
             self._figure(name, x + wide / 2, y)
