@@ -12,7 +12,8 @@ from .flow import flow_graph
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
-from .rendering import render
+from .rendering import contact_sheet, render
+from .seeing import what_units_see
 from .sites import Site
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "attach",
     "collapse",
+    "contact_sheet",
     "flow_graph",
     "learn",
     "load",
@@ -30,4 +32,5 @@ __all__ = [
     "objectives",
     "render",
     "sites",
+    "what_units_see",
 ]

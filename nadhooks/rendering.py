@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 
 import networkx as nx
@@ -28,3 +29,18 @@ def render(graph: nx.DiGraph | Masks, path: str | PathLike[str], *, width: str |
         return formats.render(graph, path, width=width)
     kept = {site.name: (graph[site.name] > 0.5).cpu().numpy() for site in graph.sites}
     return formats.render(flow_graph(graph), path, width=width, kept=kept)
+
+
+def contact_sheet(
+    graph: nx.DiGraph,
+    path: str | PathLike[str],
+    units: Sequence[str] | None = None,
+    *,
+    width: str | float = "double",
+) -> None:
+    """Writes what units see, of a graph from `what_units_see`, as a sheet for print: .png, .pdf or .svg.
+
+    units: some of them, as "site:unit"; all by default. A row holds the unit's images, strongest first, with class and
+    activation, and its mean activation by class. Raises RenderError.
+    """
+    formats.write_scene(path, lambda: formats.contact_scene(graph, units, formats.points(width)))

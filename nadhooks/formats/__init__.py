@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 
 import networkx as nx
 
 from ..errors import RenderError
+from .contact_sheet import contact_scene as contact_scene
 from .dot import to_dot
 from .drawing import draw
 from .html import Kept, to_html
@@ -24,15 +25,20 @@ Writer = Callable[[nx.DiGraph, Width], bytes]
 WIDTHS = {"single": SINGLE, "double": DOUBLE}
 
 
+def points(width: Width) -> float:
+    """A width in points. Raises RenderError for anything but "single", "double" or 100 to 10,000 points."""
+    number = WIDTHS.get(width) if isinstance(width, str) else width
+    if not isinstance(number, (int, float)) or not 100 <= number <= 10_000:
+        raise RenderError(f"width: expected 'single', 'double' or 100 to 10,000 points, got {width!r}")
+    return float(number)
+
+
 def scene(graph: nx.DiGraph, width: Width = "double") -> Scene:
     """What a picture of the graph consists of. Raises RenderError where it cannot be read at that width."""
-    points = WIDTHS.get(width) if isinstance(width, str) else width
-    if not isinstance(points, (int, float)) or not 100 <= points <= 10_000:
-        raise RenderError(f"width: expected 'single', 'double' or 100 to 10,000 points, got {width!r}")
     if any("kind" not in data for _, data in graph.nodes(data=True)):
         raise KeyError("kind")
     draws = unit_scene if graph.graph.get("level") == "unit" else site_scene
-    return draws(graph, float(points))
+    return draws(graph, points(width))
 
 
 def _drawn(format: str) -> Writer:
@@ -61,17 +67,32 @@ def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "doub
     Raises RenderError for another suffix, for a graph that is too large to be read at that width (nadhooks.collapse
     makes it smaller), and where the file cannot be written, in which case an older file of that name stays as it was.
     """
+    path, suffix = _named(path, WRITERS)
+    try:
+        data = to_html(graph, kept).encode() if suffix == ".html" else WRITERS[suffix](graph, width)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise RenderError(f"expected a graph made by nadhooks.flow_graph, got {graph!r} ({error})") from error
+    _write(path, data)
+
+
+def write_scene(path: str | PathLike[str], made: Callable[[], Scene]) -> None:
+    """Writes a scene, made when the name has been found good, as .svg, .png or .pdf. Raises RenderError."""
+    path, suffix = _named(path, PICTURE_WRITERS)
+    _write(path, draw(made(), suffix[1:]))
+
+
+def _named(path: str | PathLike[str], known: Iterable[str]) -> tuple[Path, str]:
     try:
         path = Path(path)
     except TypeError as error:
         raise RenderError(f"expected a path, got {path!r}") from error
     suffix = path.suffix.lower()
-    if suffix not in WRITERS:
-        raise RenderError(f"{path}: expected a name that ends in {', '.join(WRITERS)}, got {suffix or 'no suffix'!r}")
-    try:
-        data = to_html(graph, kept).encode() if suffix == ".html" else WRITERS[suffix](graph, width)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise RenderError(f"expected a graph made by nadhooks.flow_graph, got {graph!r} ({error})") from error
+    if suffix not in known:
+        raise RenderError(f"{path}: expected a name that ends in {', '.join(known)}, got {suffix or 'no suffix'!r}")
+    return path, suffix
+
+
+def _write(path: Path, data: bytes) -> None:
     try:
         write_bytes(path, data)
     except OSError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
-from .scene import FONT, Cells, Disc, Scene, Stroke, Text
+from .scene import FONT, Cells, Disc, Picture, Scene, Stroke, Text
 
 DPI = 300
 SETTINGS: dict[str, Any] = {
@@ -17,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "path.simplify": False,
     "lines.scale_dashes": False,  # dashes in points
 }
+PIXELS: dict[str, Any] = {"interpolation": "nearest", "resample": False}
 UNDATED: dict[str, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -45,9 +47,11 @@ def draw(scene: Scene, format: str) -> bytes:
 
 
 def _add(axes: Any, shape: Any, order: int) -> None:
+    from matplotlib.image import imread
     from matplotlib.patches import Circle, PathPatch
     from matplotlib.path import Path
 
+    limits = axes.get_xlim(), axes.get_ylim()
     if isinstance(shape, Cells):
         corners: list[tuple[float, float]] = []
         for x, y, width, height in shape.boxes:
@@ -73,6 +77,13 @@ def _add(axes: Any, shape: Any, order: int) -> None:
                 zorder=order,
             )
         )
+    elif isinstance(shape, Picture):
+        x, y, width, height = shape.box
+        pixels = imread(io.BytesIO(base64.b64decode(shape.data.partition(",")[2])), format="png")
+        extent = (x, x + width, y + height, y)
+        axes.imshow(pixels, extent=extent, cmap="gray", vmin=0, vmax=1, aspect="auto", zorder=order, **PIXELS)
+        axes.set_xlim(*limits[0])
+        axes.set_ylim(*limits[1])
     elif isinstance(shape, Text):
         axes.text(
             shape.x,

@@ -66,7 +66,15 @@ class Text:
     bold: bool = False
 
 
-Shape = Cells | Stroke | Disc | Text
+@dataclass(frozen=True)
+class Picture:
+    """A PNG in a data URI, in a box."""
+
+    box: Box
+    data: str
+
+
+Shape = Cells | Stroke | Disc | Text | Picture
 
 
 @dataclass

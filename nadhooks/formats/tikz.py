@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .scene import Cells, Disc, Point, Scene, Shape, Stroke, Text
+from .scene import Cells, Disc, Picture, Point, Scene, Shape, Stroke, Text
 
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -27,12 +27,16 @@ def to_tikz(scene: Scene) -> str:
 
 
 def _colours(shape: Shape) -> Sequence[str]:
+    if isinstance(shape, Picture):
+        return []
     if isinstance(shape, Cells):
         return [shape.fill]
     return [shape.fill, shape.edge] if isinstance(shape, Disc) else [shape.colour]
 
 
 def _lines(shape: Shape, names: dict[str, str]) -> list[str]:
+    if isinstance(shape, Picture):
+        return ["% an image: TikZ has no pixels"]
     if isinstance(shape, Cells):
         fill = f"{names[shape.fill]}{_opacity('fill opacity', shape.opacity)}"
         boxes = [f"{_at((x, y))} rectangle {_at((x + width, y + height))}" for x, y, width, height in shape.boxes]
