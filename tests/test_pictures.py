@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from nadhooks.errors import RenderError
 from nadhooks.formats import scene
 from nadhooks.formats.scene import BLUE, BOTH, FAINT, INK, ORANGE, SHADES, Cells, Disc, Scene, Stroke, Text, text_width
 from nadhooks.formats.site_layout import DOUBLE, lay_out
+from nadhooks.formats.tables import masks_table
+from nadhooks.graphs import FlowGraph
+from nadhooks.masks import Masks
+from nadhooks.tasks import Tasks
 
 from .graphs import chain, site_graph, unit_graph
 from .test_masks import THREE
@@ -314,3 +319,34 @@ def test_collapsing_other_things_is_refused() -> None:
 def test_ink_is_dark_and_faint_is_light() -> None:
     assert re.fullmatch("#[0-3].[0-3].[0-3].", INK)
     assert re.fullmatch("#[c-f].[c-f].[c-f].", FAINT)
+
+
+# --- notebooks -------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_show_themselves_in_notebooks() -> None:
+    graph = nadhooks.flow_graph(THREE, "t0")
+    assert isinstance(graph, FlowGraph)
+    shown = graph._repr_svg_()
+    assert shown is not None
+    assert ET.fromstring(shown.encode()).tag == f"{SVG}svg"
+    assert type(graph.copy()) is FlowGraph
+
+
+def test_a_graph_of_400_sites_shows_its_collapsed_view_and_other_graphs_none() -> None:
+    large = FlowGraph(chain(400))
+    begun = time.monotonic()
+    shown = large._repr_svg_()
+    assert time.monotonic() - begun < 20
+    assert shown is not None
+    assert len(shown) < 300_000
+    assert FlowGraph([(1, 2)])._repr_svg_() is None
+
+
+def test_masks_have_a_table_of_what_each_task_keeps_of_each_site() -> None:
+    table = masks_table(THREE)
+    assert table.count("<tr>") == 1 + 3
+    assert "<td>t0</td><td>0</td><td>50%</td>" in table
+    assert 'y="8.0" width="5" height="8.0"' in table  # half of site a
+    named = Masks(THREE.sites, THREE.values, Tasks.of(["<b>", "x", "y"]), THREE.wiring)
+    assert "<td>&lt;b&gt;</td>" in masks_table(named)
