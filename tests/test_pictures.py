@@ -6,10 +6,12 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from hashlib import sha256
 from pathlib import Path
 
 import networkx as nx
@@ -17,7 +19,7 @@ import pytest
 
 import nadhooks
 from nadhooks.errors import RenderError
-from nadhooks.formats import scene
+from nadhooks.formats import WRITERS, scene
 from nadhooks.formats.scene import BLUE, BOTH, FAINT, INK, ORANGE, SHADES, Cells, Disc, Scene, Stroke, Text, text_width
 from nadhooks.formats.site_layout import DOUBLE, lay_out
 from nadhooks.formats.tables import masks_table
@@ -35,6 +37,13 @@ BRANCHES = site_graph(
     [("input", "stem"), ("stem", "left"), ("stem", "right"), ("stem", "head", "sum"), ("left", "head", "sum"),
      ("right", "head", "sum"), ("head", "output")],
 )  # fmt: skip
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = {
+    "sites.dot": BRANCHES,
+    "sites.tex": BRANCHES,
+    "units.dot": unit_graph(2, 4, 2, regions=2),
+    "units.tex": unit_graph(2, 4, 2, regions=2),
+}
 
 
 def words(picture: Scene) -> list[str]:
@@ -187,21 +196,39 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
 
 
 def test_the_same_graph_gives_the_same_bytes_in_any_process() -> None:
-    program = (
-        "import hashlib, tests.graphs as g; from nadhooks.formats import WRITERS; "
-        "print([hashlib.sha256(WRITERS[s](x, 'double')).hexdigest() "
-        "for s in WRITERS for x in (g.chain(3), g.unit_graph())])"
+    program = "import tests.test_pictures as t; print(t.digests())"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "0"}
+    other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    assert other.stdout.decode().strip() == digests()
+
+
+def digests() -> str:
+    graphs = (BRANCHES, unit_graph(regions=2))
+    return " ".join(sha256(write(graph, "double")).hexdigest() for write in WRITERS.values() for graph in graphs)
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_texts_are_those_of_the_golden_files(name: str) -> None:
+    """After a change that is meant: `python -m tests.test_pictures` writes them anew."""
+    assert golden(name) == (FOLDER / name).read_text()
+
+
+def golden(name: str) -> str:
+    return WRITERS[Path(name).suffix](GOLDEN[name], "single").decode()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on the PATH")
+@pytest.mark.parametrize("graph", [BRANCHES, unit_graph(regions=2), chain(17, 64, 'a_b.$x$.{}&%#~^\\<|>"')])
+def test_tikz_compiles(graph: nx.DiGraph, tmp_path: Path) -> None:
+    nadhooks.render(graph, tmp_path / "flow.tex")
+    paper = (
+        r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{tikz}\begin{document}\input{flow}\end{document}"
     )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed, "SOURCE_DATE_EPOCH": seed},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(seen) == 1
+    (tmp_path / "paper.tex").write_text(paper)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+    assert (tmp_path / "paper.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_long_names_become_globs_and_what_their_stars_stand_for() -> None:
@@ -350,3 +377,8 @@ def test_masks_have_a_table_of_what_each_task_keeps_of_each_site() -> None:
     assert 'y="8.0" width="5" height="8.0"' in table  # half of site a
     named = Masks(THREE.sites, THREE.values, Tasks.of(["<b>", "x", "y"]), THREE.wiring)
     assert "<td>&lt;b&gt;</td>" in masks_table(named)
+
+
+if __name__ == "__main__":
+    for name in GOLDEN:
+        (FOLDER / name).write_text(golden(name))

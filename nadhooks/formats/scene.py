@@ -98,10 +98,12 @@ def _font(bold: bool) -> Any:
 @cache
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """In points."""
+    from matplotlib.ft2font import LoadFlags
+
     font = _font(bold)
-    font.set_size(100, 72)  # large, then scaled: hinting rounds small letters
-    font.set_text(text, 0.0)
-    return float(font.get_width_height()[0]) / 64 * size / 100
+    font.set_size(100, 72)  # large, then scaled; without hinting, which differs between versions
+    font.set_text(text, 0.0, flags=LoadFlags.NO_HINTING)
+    return round(float(font.get_width_height()[0]) / 64 * size / 100, 2)
 
 
 def wrapped(text: str, size: float, width: float, breaks: str = " ") -> list[str]:
