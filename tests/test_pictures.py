@@ -22,6 +22,7 @@ from nadhooks.errors import RenderError
 from nadhooks.formats import WRITERS, scene
 from nadhooks.formats.scene import BLUE, BOTH, FAINT, INK, ORANGE, SHADES, Cells, Disc, Scene, Stroke, Text, text_width
 from nadhooks.formats.site_layout import DOUBLE, lay_out
+from nadhooks.formats.site_scene import JOINS
 from nadhooks.formats.tables import masks_table
 from nadhooks.graphs import FlowGraph
 from nadhooks.masks import Masks
@@ -100,6 +101,16 @@ def test_joins_have_a_colour_a_sign_and_a_line_in_the_legend() -> None:
         assert sum(isinstance(shape, Disc) for shape in picture.shapes) == 2  # at the site, and in the legend
         assert {"sequential", "residual sum" if kind == "sum" else kind} <= set(words(picture))
     assert len(colours) == 4
+
+
+def test_bands_tell_what_lies_on_the_way_and_signs_what_comes_last() -> None:
+    """A transformer's block is fed by attention and joined by a sum."""
+    graph = site_graph({"a": 4, "b": 4}, {"cat": {}}, [("input", "a"), ("a", "b", "attention"), ("b", "output")])
+    nx.set_node_attributes(graph, {"a": "sequential", "b": "sum", "output": "sequential"}, "join")
+    picture = scene(graph)
+    assert bands(picture)["a → b"].colour == JOINS["attention"][0]
+    assert {shape.edge for shape in picture.shapes if isinstance(shape, Disc)} == {JOINS["sum"][0]}
+    assert {"attention", "residual sum"} <= set(words(picture))
 
 
 def test_sums_meet_in_one_point_and_concatenations_arrive_side_by_side() -> None:

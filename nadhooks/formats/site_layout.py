@@ -246,7 +246,7 @@ def _ports(graph: nx.DiGraph, places: dict[str, Place], band: float) -> dict[tup
     ports = {}
     for target in graph:
         sources = sorted(graph.predecessors(target), key=lambda name: (places[name].left[1], -places[name].x))
-        joins = {join_of(graph, source, target) for source in sources}
+        joins = arriving(graph, target)
         x, y = places[target].left
         apart = 0.0 if joins <= {"sum", "product"} or len(sources) == 1 else band
         apart = min(apart, max(places[target].height, 2 * band) / max(1, len(sources)))
@@ -258,6 +258,15 @@ def _ports(graph: nx.DiGraph, places: dict[str, Place], band: float) -> dict[tup
 def join_of(graph: nx.DiGraph, source: str, target: str) -> str:
     """How the flow of an edge enters its target, in one word."""
     return str(graph.edges[source, target].get("join", "sequential"))
+
+
+def arriving(graph: nx.DiGraph, target: str) -> set[str]:
+    """What joins flows where they arrive: what the node says, else what its edges say; nothing behind a join node."""
+    sources = list(graph.predecessors(target))
+    if any(graph.nodes[source]["kind"] == "join" for source in sources):
+        return {"sequential"}
+    own = graph.nodes[target].get("join")
+    return {own} if own else {join_of(graph, source, target) for source in sources}
 
 
 def _free(start: Point, end: Point, between: Iterable[Place], band: float) -> bool:

@@ -34,7 +34,7 @@ from .scene import (
     text_width,
     wrapped,
 )  # fmt: skip
-from .site_layout import MARGIN, Layout, Place, join_of, lay_out
+from .site_layout import MARGIN, Layout, Place, arriving, join_of, lay_out
 from .words import called, headline
 
 TITLE, SMALL = 8.0, 6.5
@@ -130,9 +130,9 @@ class SitePainter:
 
     def _sign(self, target: str) -> None:
         """How flows join, where they arrive."""
-        kinds = {join_of(self.graph, source, target) for source in self.graph.predecessors(target)} - {"sequential"}
-        if self.graph.nodes[target]["kind"] != "site":
+        if self.graph.nodes[target]["kind"] == "join":
             return
+        kinds = arriving(self.graph, target) - {"sequential"}
         place = self.layout.places[target]
         for number, kind in enumerate(sorted(kinds)):
             colour, sign = JOINS.get(kind, JOINS["sequential"])
@@ -257,12 +257,14 @@ class SitePainter:
         if layout.each > 1 and len(shades) == 2:
             yield self._swatch(mixed(SHADES[0], BLUE, 0.5), "some of a square's units kept")
         yield self._square()
-        present = {join_of(self.graph, *edge) for edge in self.graph.edges}
-        present |= {data.get("join", "") for _, data in self.graph.nodes(data=True) if data["kind"] == "join"}
-        known = [kind for kind in JOINS if kind in present]
+        bands = {join_of(self.graph, *edge) for edge in self.graph.edges}
+        signs = {data["join"] for _, data in self.graph.nodes(data=True) if data["kind"] == "join"}
+        for name in self.graph:
+            signs |= arriving(self.graph, name)
+        known = [kind for kind in JOINS if kind in bands | (signs - {"sequential"})]
         yield self._scale()
         for kind in known if len(known) > 1 or known != ["sequential"] else []:
-            yield self._key(kind)
+            yield self._key(kind, kind in bands, kind in signs)
 
     def _swatch(self, colour: str, text: str) -> tuple[float, Any]:
         def draw(x: float, y: float) -> None:
@@ -312,17 +314,20 @@ class SitePainter:
 
         return 21 + text_width(text, SMALL), draw
 
-    def _key(self, kind: str) -> tuple[float, Any]:
+    def _key(self, kind: str, band: bool, signed: bool) -> tuple[float, Any]:
+        """A kind of join: its band, where one is drawn, and its sign, where one is drawn."""
         colour, sign = JOINS[kind]
         text = {"sum": "residual sum"}.get(kind, kind)
+        start = 12.0 if band else 3.0
 
         def draw(x: float, y: float) -> None:
-            self.shapes.append(Stroke(line((x, y - 2.2), (x + 12, y - 2.2)), 3.2, colour, 0.5))
-            if sign:
-                self._token(x + 12, y - 2.2, 2.8, colour, sign)
-            self.shapes.append(Text(x + 17, y, text, SMALL, GREY))
+            if band:
+                self.shapes.append(Stroke(line((x, y - 2.2), (x + 12, y - 2.2)), 3.2, colour, 0.5))
+            if sign and signed:
+                self._token(x + start, y - 2.2, 2.8, colour, sign)
+            self.shapes.append(Text(x + start + 5, y, text, SMALL, GREY))
 
-        return 17 + text_width(text, SMALL), draw
+        return start + 5 + text_width(text, SMALL), draw
 
 
 def grouped(graph: nx.DiGraph, name: str, each: int) -> dict[str, list[int]]:
