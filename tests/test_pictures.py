@@ -259,6 +259,24 @@ def test_graphs_too_large_to_be_read_say_so_and_offer_the_collapsed_view(tmp_pat
     assert words(scene(nadhooks.collapse(unit_graph(10, 16, 6))))
 
 
+def test_joins_make_room_for_sites() -> None:
+    """A join stands before each of 36 sites."""
+    units: dict[str, int] = {}
+    path = ["input"]
+    for number in range(36):
+        units |= {f"sum {number + 1}": 0, f"block.{number}": 64}
+        path += [f"sum {number + 1}", f"block.{number}"]
+    graph = site_graph(units, {"cat": {}}, list(itertools.pairwise([*path, "output"])))
+    layout = lay_out(graph, DOUBLE)
+    places = [layout.places[name] for name in path]
+    assert all(a.x + a.width <= b.x for a, b in itertools.pairwise(places))
+
+
+def test_differences_say_what_they_are() -> None:
+    graph = site_graph({"a": 4}, {"3": {"a": [0]}, "8": {}}, [("input", "a"), ("a", "output")], combine="difference")
+    assert "torchvision:net, task 3 without 8: 1 of 4 units kept" in words(scene(graph))
+
+
 def test_widths_that_are_none_are_refused() -> None:
     for width in ("triple", 3, -1.0, math.nan, None):
         with pytest.raises(RenderError, match="width: expected 'single', 'double' or 100 to 10,000 points"):

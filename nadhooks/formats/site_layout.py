@@ -87,15 +87,18 @@ def lay_out(graph: nx.DiGraph, width: float | None) -> Layout:
     """
     columns = _columns(graph)
     wide = [number for number, column in enumerate(columns) if any(_is_site(graph, name) for name in column)]
-    narrow = {number: _narrow(graph, column) for number, column in enumerate(columns) if number not in wide}
+    joins = [number for number, column in enumerate(columns) if _only_joins(graph, column)]
+    ends = 20.0 * (len(columns) - len(wide) - len(joins))
     bounded, smallest = width is not None, SMALLEST if width is not None else 0.1
     if width is None:
-        width = 2 * MARGIN + sum(narrow.values()) + 56.0 * max(1, len(wide))
-    pitch = (width - 2 * MARGIN - sum(narrow.values())) / max(1, len(wide))
+        width = 2 * MARGIN + ends + 9.0 * len(joins) + 56.0 * max(1, len(wide))
+    sign = max(4.5, min(9.0, 0.25 * (width - 2 * MARGIN - ends) / max(1, len(joins))))  # the width of a join's column
+    room = width - 2 * MARGIN - ends - sign * len(joins)
+    pitch = room / max(1, len(wide))
     if bounded and (pitch < PITCH or graph.number_of_edges() > ROUTES):
         raise RenderError(
             f"too large to be read in a picture {width:.0f} points wide: {len(wide)} stages and "
-            f"{graph.number_of_edges()} edges (room for {int((width - 60) / PITCH)} stages and {ROUTES} edges); "
+            f"{graph.number_of_edges()} edges (room for {max(0, int(room / PITCH))} stages and {ROUTES} edges); "
             "draw nadhooks.collapse(graph), choose fewer sites, pass a larger width=, or render to .html or .dot"
         )
     pitch = min(pitch, 92.0)
@@ -107,18 +110,18 @@ def lay_out(graph: nx.DiGraph, width: float | None) -> Layout:
     labels = label([[name for name in columns[number] if _is_site(graph, name)] for number in wide], pitch)
     below = labels.height
     x, places = MARGIN, {}
-    spare = max(0.0, width - 2 * MARGIN - pitch * len(wide) - sum(narrow.values())) / max(1, len(columns) - 1)
+    spare = max(0.0, room - pitch * len(wide)) / max(1, len(columns) - 1)
     spare = min(spare, 24.0)
     for number, column in enumerate(columns):
-        room = narrow.get(number, pitch)
-        sizes = [_size(graph, name, cell, each, grid) for name in column]
+        own = sign if number in joins else pitch if number in wide else 20.0
+        sizes = [_size(graph, name, cell, each, grid, sign) for name in column]
         heights = [height for _, height, _ in sizes]
         step = below + 8.0 if lanes > 1 else 0.0
         y = -(sum(heights) + step * (len(column) - 1)) / 2
         for name, (wide_, tall, across) in zip(column, sizes, strict=True):
-            places[name] = Place(round(x + (room - wide_) / 2, 1), round(y, 1), wide_, tall, across, cell)
+            places[name] = Place(round(x + (own - wide_) / 2, 1), round(y, 1), wide_, tall, across, cell)
             y += tall + step
-        x += room + spare
+        x += own + spare
     right = x - spare + MARGIN
     band = _band(graph, pitch - grid)
     routes, top = _routes(graph, columns, places, band, below if lanes > 1 else 0.0)
@@ -158,9 +161,8 @@ def _mean(values: list[float], otherwise: float) -> float:
     return sum(values) / len(values) if values else otherwise
 
 
-def _narrow(graph: nx.DiGraph, column: list[str]) -> float:
-    """Room for columns of joins, and for input and output."""
-    return 9.0 if all(graph.nodes[name]["kind"] == "join" for name in column) else 20.0
+def _only_joins(graph: nx.DiGraph, column: list[str]) -> bool:
+    return all(graph.nodes[name]["kind"] == "join" for name in column)
 
 
 def _cell(most: int, grid: float, tall: float, smallest: float) -> tuple[float, int]:
@@ -173,7 +175,7 @@ def _cell(most: int, grid: float, tall: float, smallest: float) -> tuple[float, 
     raise AssertionError("unreachable: a single square fits")
 
 
-def _size(graph: nx.DiGraph, name: str, cell: float, each: int, grid: float) -> tuple[float, float, int]:
+def _size(graph: nx.DiGraph, name: str, cell: float, each: int, grid: float, sign: float) -> tuple[float, float, int]:
     """Width, height, and columns of squares."""
     data = graph.nodes[name]
     if data["kind"] == "site":
@@ -186,7 +188,7 @@ def _size(graph: nx.DiGraph, name: str, cell: float, each: int, grid: float) -> 
         ]
         across = min(whole, key=lambda number: abs(math.log(number / wish))) if whole else int(wish)
         return across * cell, math.ceil(squares / across) * cell, across
-    return (7.0, 7.0, 0) if data["kind"] == "join" else (2.6, 26.0, 0)
+    return (0.78 * sign, 0.78 * sign, 0) if data["kind"] == "join" else (2.6, 26.0, 0)
 
 
 def _band(graph: nx.DiGraph, gap: float) -> float:

@@ -24,7 +24,7 @@ def headline(graph: nx.DiGraph) -> str:
     if len(tasks) == 1:
         text = f"task {tasks[0]}: {share} kept ({kept / max(1, units):.0%})"
     elif combined == "difference":
-        text = f"{tasks[0]} without {', '.join(tasks[1:4])}{', …' if len(tasks) > 4 else ''}: {share} kept"
+        text = f"{called(tasks[0])} without {', '.join(tasks[1:4])}{', …' if len(tasks) > 4 else ''}: {share} kept"
     elif combined == "intersection":
         text = f"{_named(tasks)}: {share} kept by all"
     else:
