@@ -1,4 +1,4 @@
-"""The pictures of docs/gallery.md: `python -m examples.gallery docs/images/gallery`.
+"""The pictures of docs/gallery.md: `python -m examples.gallery docs/images/gallery [network ...]`.
 
 Small networks of seven families are trained on scikit-learn's digits, masks are learnt and drawn.
 """
@@ -29,7 +29,8 @@ from nadhooks.formats import draw, points, scene
 
 from .darts import Network
 
-STEPS, BATCH, CLASSES = 280, 48, 10
+BATCH, CLASSES = 48, 10
+STEPS = {"swin": 900, "vit": 900, "darts": 500}  # of training; others take 280
 Made = tuple[Callable[[], nn.Module], list[str] | None]  # the network, and its sites
 NETWORKS: dict[str, Made] = {
     "resnet": (lambda: timm.create_model("resnet18", in_chans=1, num_classes=10, channels=(32, 64, 128, 256)), SITES),
@@ -38,7 +39,7 @@ NETWORKS: dict[str, Made] = {
     "darts": (lambda: Network(channels=6, cells=6, classes=CLASSES), ["stem?", "cells.*"]),
     "convnext": (lambda: ConvNeXt(1, CLASSES, patch_size=2, depths=(2, 2, 6, 2), dims=(24, 48, 96, 192)), None),
     "swin": (
-        lambda: SwinTransformer(32, 2, 1, CLASSES, embed_dim=24, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=4),
+        lambda: SwinTransformer(32, 4, 1, CLASSES, embed_dim=32, depths=(2, 2), num_heads=(2, 4), window_size=4),
         None,
     ),
     "vit": (lambda: VisionTransformer(32, 4, 1, CLASSES, embed_dim=48, depth=12, num_heads=4), None),
@@ -60,16 +61,16 @@ def _vgg(*widths: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(features=features, classifier=head))
 
 
-def trained(make: Callable[[], nn.Module], train: Batches, test: Batches) -> tuple[nn.Module, float]:
+def trained(make: Callable[[], nn.Module], steps: int, train: Batches, test: Batches) -> tuple[nn.Module, float]:
     """A network, and its accuracy on held-out digits."""
     torch.manual_seed(0)
     model = make()
     three = isinstance(model, Network)  # takes colours
     images, labels = torch.cat([x for x, _ in train]), torch.cat([y for _, y in train])
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     model.train()
-    for _ in range(STEPS):
+    for _ in range(steps):
         chosen = torch.randint(len(images), (BATCH,))
         shifted = torch.roll(images[chosen], torch.randint(-2, 3, (2,)).tolist(), (2, 3))
         optimizer.zero_grad()
@@ -93,15 +94,17 @@ def save(graph: nx.DiGraph, path: Path, width: str = "double") -> None:
     print(f"  {path}: {path.stat().st_size // 1024} KiB", flush=True)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
+    """Draws the networks of these names, or all."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     train, test = digits()
-    for name, (make, sites) in NETWORKS.items():
+    for name in names or NETWORKS:
+        make, sites = NETWORKS[name]
         begun = time.monotonic()
-        model, accuracy = trained(make, train, test)
+        model, accuracy = trained(make, STEPS.get(name, 280), train, test)
         loader = [(_coloured(x, isinstance(model, Network)), y) for x, y in train]
-        masks = nadhooks.learn(model, loader, sites, keep=0.5)
+        masks = nadhooks.learn(model, loader, sites, keep=0.5, method=nadhooks.methods.contrastive(steps=80))
         masks = masks.replaced(masks.values, provenance={"model": f"digits:{name}"})
         print(f"{name}: accuracy {accuracy:.3f}, {masks!r}, {time.monotonic() - begun:.0f} s", flush=True)
         save(nadhooks.flow_graph(masks, "3"), folder / f"{name}.png")
@@ -127,4 +130,4 @@ def more(model: nn.Module, masks: nadhooks.Masks, loader: Batches, test: Batches
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
