@@ -36,7 +36,7 @@ from .site_layout import MARGIN, PITCH
 from .site_scene import SMALL, TITLE
 from .words import called, subtitle
 
-NODES, EDGES = 500, 2500  # more would be a hairball
+NODES, EDGES = 500, 400  # more would be a hairball: of more edges, the strongest are drawn
 WIDEST, THINNEST = 3.2, 0.25  # edges, in points
 ENDS = 40.0  # room for the input and for the output
 LEAST = 1.7  # the height of a unit's mark
@@ -44,11 +44,10 @@ LEAST = 1.7  # the height of a unit's mark
 
 def unit_scene(graph: nx.DiGraph, width: float) -> Scene:
     """The picture of a graph made by `unit_flow`, so many points wide. Raises RenderError where it cannot be read."""
-    if len(graph) > NODES or graph.number_of_edges() > EDGES:
+    if len(graph) > NODES:
         raise RenderError(
-            f"too large to be read as strips: {len(graph)} nodes and {graph.number_of_edges()} edges (at most {NODES} "
-            f"and {EDGES}); keep fewer with a smaller coverage=, draw nadhooks.collapse(graph), a band for each pair "
-            "of sites, or render to .html"
+            f"too large to be read as strips: {len(graph)} nodes (at most {NODES}); keep fewer with a smaller share of "
+            "nodes, draw nadhooks.collapse(graph), a band for each pair of sites, or render to .html"
         )
     return Strips(graph, width).scene()
 
@@ -92,7 +91,7 @@ class Strips:
         for name, strip in strips.items():
             self.shapes.append(Cells((strip,), FAINT, name))
         edges = sorted(self.graph.edges(data=True), key=lambda edge: abs(edge[2]["weight"]))
-        for source, target, data in edges:
+        for source, target, data in edges[-EDGES:]:  # the strongest last, above the others
             self._edge(source, target, data["weight"])
         for name, data in self.graph.nodes(data=True):
             self.node(name, data)
@@ -290,6 +289,11 @@ class Strips:
                     Text(x + 7, y, "bias", SMALL, GREY),
                 ],  # fmt: skip,
             )
+        if self.graph.number_of_edges() > EDGES:
+            weights = sorted((abs(data["weight"]) for *_, data in self.graph.edges(data=True)), reverse=True)
+            share = sum(weights[:EDGES]) / (sum(weights) or 1.0)
+            text = f"the {EDGES} strongest of {len(weights):,} edges, {share:.0%} of |effect|"
+            yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
         facts = self.graph.graph
         known = [f"{key} {facts[key]}" for key in ("weighting", "reference", "estimator") if key in facts]
         known += [f"{facts['images']} images"] if "images" in facts else []
