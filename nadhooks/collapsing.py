@@ -137,7 +137,7 @@ def _staged(graph: nx.DiGraph) -> nx.DiGraph:
 def _of_units(graph: nx.DiGraph) -> nx.DiGraph:
     facts = {key: value for key, value in graph.graph.items() if key not in ("level", "sites", "paths")}
     flow = "flow: sum of |effect|, as a part of the largest"
-    small = nx.DiGraph(**facts, flow=flow)
+    small = nx.DiGraph(**facts, flow=flow, counted="shown")
     small.add_node("input", kind="input", units=0, kept=0, share=1.0)
     shown: dict[str, list[int]] = {name: [] for name in graph.graph["sites"]}
     for _, data in graph.nodes(data=True):

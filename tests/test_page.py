@@ -196,3 +196,16 @@ def test_units_of_a_unit_graph_show_their_edges(tmp_path: Path) -> None:
     assert "3 of 36 edges shown" in found["fewer"]
     assert found["next"] == ["layer.1:4"]
     assert found["tip"] == "input:1,1"
+
+
+@needs_browser
+def test_graphs_of_what_one_class_has_and_another_lacks_say_so(tmp_path: Path) -> None:
+    graph = site_graph({"a": 4}, {"3": {"a": [0, 1]}, "8": {}}, [("input", "a"), ("a", "output")], combine="difference")
+    script = """
+    found.headline = text("headline");
+    found.colours = drawn.get("a").paths.map((each) => (each.getAttribute("d").match(/M/g) || []).length);
+    """
+    found = act(to_html(graph), script, tmp_path)
+    assert found["headline"] == "torchvision:net, task 3 without 8: 2 of 4 units kept"
+    assert found["colours"][0] == 2
+    assert found["colours"][5] == 2

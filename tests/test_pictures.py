@@ -319,7 +319,7 @@ def test_of_many_edges_the_strongest_are_drawn_and_the_legend_says_so() -> None:
     drawn = [float(s.about.rpartition(" ")[2]) for s in picture.shapes if isinstance(s, Stroke) and "→" in s.about]
     assert len(drawn) == 400
     left = sorted((abs(data["weight"]) for *_, data in graph.edges(data=True)), reverse=True)[400:]
-    assert min(map(abs, drawn)) >= left[0] - 1e-6
+    assert min(map(abs, drawn)) >= float(f"{left[0]:.4g}")
     assert any(text.startswith(f"the 400 strongest of {graph.number_of_edges()} edges, ") for text in words(picture))
 
 

@@ -134,6 +134,7 @@ def _units(graph: nx.DiGraph) -> dict[str, Any]:
     for name, data in graph.nodes(data=True):
         if data["kind"] in ("input", "output"):
             strips.node(name, data)
+    strips.grid()
     fills = {name: strips.fill(name) for name in graph}
     return {
         "places": {name: _rounded(*box) for name, box in strips.boxes.items()},

@@ -65,7 +65,10 @@ def palette(graph: nx.DiGraph) -> list[tuple[str, str]]:
             (BOTH, "both"),
         ]
     if len(tasks) <= 1 or graph.graph.get("combine", "union") != "union":
-        return [(FAINT, "dropped"), (BLUE, "kept")]
+        return [
+            (FAINT, "others" if "counted" in graph.graph else "dropped"),
+            (BLUE, graph.graph.get("counted", "kept")),
+        ]
     return [(FAINT, "by none"), *((shade, "") for shade in SHADES)]
 
 

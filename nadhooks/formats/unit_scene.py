@@ -93,6 +93,7 @@ class Strips:
         edges = sorted(self.graph.edges(data=True), key=lambda edge: abs(edge[2]["weight"]))
         for source, target, data in edges[-EDGES:]:  # the strongest last, above the others
             self._edge(source, target, data["weight"])
+        self.grid()
         for name, data in self.graph.nodes(data=True):
             self.node(name, data)
         lowest = self.names(strips)
@@ -175,20 +176,26 @@ class Strips:
             x, y, side, _ = box
             self.shapes.append(Disc(x + side / 2, y + side / 2, side / 2, PAPER, GREY))
         elif "row" in data:
-            x, y, wide, tall = box
             self.shapes.append(Cells((box,), self.fill(name), name))
-            self.shapes.append(
-                Stroke(line((x, y), (x + wide, y), (x + wide, y + tall), (x, y + tall), (x, y)), 0.4, GREY)
-            )
+            self.shapes.append(Stroke(_outline(box), 0.4, GREY))
         else:
             x, y, wide, tall = box
             self.shapes.append(Cells((box,), INK, name))
             text = name if kind == "input" else self._class_name()
             x = x - 2.5 if kind == "input" else x + wide + 8
             self.shapes.append(Text(x, y + tall / 2, text, SMALL + 0.5, INK, "middle", turned=True))
-        if "row" in data and data["row"] == data["column"] == 0:
-            x, y, *_ = box
-            self.shapes.append(Text(x, y - 3, "input", SMALL + 0.5))
+
+    def grid(self) -> None:
+        """The image's regions, also those that nothing leaves."""
+        first = next((name for name, data in self.graph.nodes(data=True) if "row" in data), None)
+        if first is None:
+            return
+        data, (x, y, cell, _) = self.graph.nodes[first], self.boxes[first]
+        x, y = x - data["column"] * cell, y - data["row"] * cell
+        self.shapes.append(Text(x, y - 3, "input", SMALL + 0.5))
+        places = [(row, column) for row in range(data["rows"]) for column in range(data["columns"])]
+        for row, column in places:
+            self.shapes.append(Stroke(_outline((x + column * cell, y + row * cell, cell, cell)), 0.4, FAINT))
 
     def fill(self, name: str) -> str:
         """A unit's colour by its attribution, an image region's by the sum of its edges."""
@@ -302,3 +309,8 @@ class Strips:
         if known:
             text = ", ".join(known)
             yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+
+
+def _outline(box: Box) -> tuple[Point, ...]:
+    x, y, wide, tall = box
+    return line((x, y), (x + wide, y), (x + wide, y + tall), (x, y + tall), (x, y))

@@ -22,7 +22,7 @@ def headline(graph: nx.DiGraph) -> str:
     share = f"{kept:,} of {units:,} units"
     combined = graph.graph.get("combine", "union")
     if len(tasks) == 1:
-        text = f"task {tasks[0]}: {share} kept ({kept / max(1, units):.0%})"
+        text = f"task {tasks[0]}: {share} {graph.graph.get('counted', 'kept')} ({kept / max(1, units):.0%})"
     elif combined == "difference":
         text = f"{called(tasks[0])} without {', '.join(tasks[1:4])}{', …' if len(tasks) > 4 else ''}: {share} kept"
     elif combined == "intersection":

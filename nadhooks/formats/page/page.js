@@ -46,6 +46,7 @@ for (const [site, text] of Object.entries(data.bits || {})) {
   bits.set(site, Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)));
 }
 const switchable = bits.size > 0;
+const combined = (graph.graph.combine || "union") !== "union"; // an intersection or difference, made before
 function keeps(site, task, unit) {
   const row = Math.ceil(nodes.get(site).units / 8);
   return (bits.get(site)[task * row + (unit >> 3)] >> (7 - (unit & 7))) & 1;
@@ -78,7 +79,7 @@ function categories(site) {
   if (state.mode === "all") {
     const counts = sharing(site), shades = C.shades.length;
     for (let unit = 0; unit < node.units; unit++) {
-      out[unit] = tasks.length <= 1 ? (counts[unit] ? shades : 0) : Math.ceil((shades * counts[unit]) / tasks.length);
+      out[unit] = tasks.length <= 1 || combined ? (counts[unit] ? shades : 0) : Math.ceil((shades * counts[unit]) / tasks.length);
       kept += counts[unit] > 0;
     }
   } else {
@@ -161,7 +162,8 @@ function paintSites() {
     line.setAttribute("stroke-width", Math.max(0.4, share * data.band).toFixed(2));
     line.style.display = visible ? "" : "none";
   }
-  $("headline").textContent = `${sentence()}: ${count(kept)} of ${count(units)} units kept (${percent(kept / Math.max(1, units))}), ${count(shown)} of ${count(graph.edges.length)} edges`;
+  if (combined) $("headline").textContent = data.headline;
+  else $("headline").textContent = `${sentence()}: ${count(kept)} of ${count(units)} units ${graph.graph.counted || "kept"} (${percent(kept / Math.max(1, units))}), ${count(shown)} of ${count(graph.edges.length)} edges`;
 }
 function sentence() {
   const [a, b] = [tasks[state.first], tasks[state.second]].map((name) => (/^\d+$/.test(name) ? `class ${name}` : name));
@@ -475,9 +477,9 @@ function legend() {
   } else {
     const [a, b] = [tasks[state.first], tasks[state.second]];
     if (state.mode === "over") items.push(key(C.tasks[0], `${a} only`), key(C.tasks[1], `${b} only`), key(C.both, "both"));
-    else if (state.mode === "all" && tasks.length > 1) items.push(key(C.shades[0], "kept by one"), key(C.shades[C.shades.length - 1], "kept by all"));
-    else items.push(key(C.tasks[0], "kept"));
-    items.push(key(C.faint, "dropped"));
+    else if (state.mode === "all" && tasks.length > 1 && !combined) items.push(key(C.shades[0], "kept by one"), key(C.shades[C.shades.length - 1], "kept by all"));
+    else items.push(key(C.tasks[0], graph.graph.counted || "kept"));
+    items.push(key(C.faint, graph.graph.counted ? "others" : "dropped"));
     const joins = [...new Set(graph.edges.map((edge) => edge.join || "sequential"))];
     for (const join of joins.length > 1 ? joins : []) items.push(key(C.joins[join] || C.joins.sequential, join === "sum" ? "residual sum" : join));
     items.push(graph.graph.flow || "bands: share of the source's units kept");
