@@ -81,6 +81,7 @@ def test_classes_are_switched_and_combined(tmp_path: Path) -> None:
     found.over_legend = text("legend");
     found.colours = drawn.get("layer1.0").paths.map((each) => (each.getAttribute("d").match(/M/g) || []).length);
     found.figure = drawn.get("layer1.0").figure.textContent;
+    found.signs = [...layers.marks.querySelectorAll("circle")].map((sign) => sign.getAttribute("stroke"));
     """
     found = act(to_html(PETS), script, tmp_path)
     assert (found["all"], found["cat"], found["dog"]) == (8 + 4 + 2 + 1, 8 + 3 + 1 + 1, 4 + 2 + 1 + 1)
@@ -91,6 +92,7 @@ def test_classes_are_switched_and_combined(tmp_path: Path) -> None:
     assert "cat only" in found["over_legend"]
     assert found["colours"][:4] == [4, 2, 1, 1]  # none, cat only, dog only, both
     assert found["figure"] == "4 / 8"
+    assert sorted(found["signs"]) == ["#009e73", "#d55e00"]  # a concatenation and a sum
 
 
 @needs_browser

@@ -24,6 +24,7 @@ from .scene import (
     POSITIVE,
     SHADES,
     TASKS,
+    Disc,
     Shape,
     Stroke,
     Text,
@@ -111,6 +112,11 @@ def _sites(graph: nx.DiGraph) -> dict[str, Any]:
         elif data["kind"] != "join":
             painter.end(name, data)
     bottom = painter.headers(painter.down + layout.bottom)
+    words, painter.shapes = painter.shapes, []
+    for name, data in graph.nodes(data=True):
+        if data["kind"] == "join":
+            painter.join(name, data)
+        painter.sign(name)
     places = {
         name: [*_rounded(painter.left + p.x, painter.down + p.y, p.width, p.height), p.columns, p.cell]
         for name, p in layout.places.items()
@@ -120,8 +126,15 @@ def _sites(graph: nx.DiGraph) -> dict[str, Any]:
         for (source, target), route in layout.routes.items()
     ]
     size = [layout.width, bottom + MARGIN]
-    facts = {"headline": headline(graph), "band": layout.band, "counts": painter.counts, "size": size}
-    return {"places": places, "routes": routes, "figures": figures, **facts, **_words(painter.shapes)}
+    facts: dict[str, Any] = {"headline": headline(graph), "band": layout.band, "counts": painter.counts, "size": size}
+    return {
+        "places": places,
+        "routes": routes,
+        "figures": figures,
+        **facts,
+        **_words(words),
+        "signs": _signs(painter.shapes),
+    }
 
 
 def _units(graph: nx.DiGraph) -> dict[str, Any]:
@@ -144,6 +157,19 @@ def _units(graph: nx.DiGraph) -> dict[str, Any]:
         "size": [strips.width, bottom + MARGIN],
         **_words(strips.shapes),
     }
+
+
+def _signs(shapes: Iterable[Shape]) -> list[dict[str, Any]]:
+    """How flows join: circles, and the lines in them."""
+    signs: list[dict[str, Any]] = []
+    for shape in shapes:
+        if isinstance(shape, Disc):
+            x, y, radius = _rounded(shape.x, shape.y, shape.radius)
+            signs.append({"x": x, "y": y, "r": radius, "colour": shape.edge})
+        elif isinstance(shape, Stroke):
+            ends = _rounded(*shape.points[0], *shape.points[-1])
+            signs.append({"line": ends, "width": round(shape.width, 2), "colour": shape.colour})
+    return signs
 
 
 def _words(shapes: Iterable[Shape]) -> dict[str, Any]:

@@ -110,9 +110,9 @@ class SitePainter:
         for source, target in self.graph.edges:
             self._band(source, target)
         for name, data in self.graph.nodes(data=True):
-            {"site": self._site, "join": self._join}.get(data["kind"], self.end)(name, data)
+            {"site": self._site, "join": self.join}.get(data["kind"], self.end)(name, data)
         for target in self.graph:
-            self._sign(target)
+            self.sign(target)
         bottom = self._legend(self.headers(self.down + self.layout.bottom) + 10)
         return Scene(self.width, bottom + MARGIN, headline(self.graph), self.shapes)
 
@@ -131,7 +131,7 @@ class SitePainter:
         about = f"{source} → {target}: {share:.0%}"
         self.shapes.append(Stroke(route, max(0.35, share * self.layout.band), colour, opacity, about=about))
 
-    def _sign(self, target: str) -> None:
+    def sign(self, target: str) -> None:
         """How flows join, where they arrive."""
         if self.graph.nodes[target]["kind"] == "join":
             return
@@ -223,7 +223,7 @@ class SitePainter:
                 )
         return lowest
 
-    def _join(self, name: str, data: dict[str, Any]) -> None:
+    def join(self, name: str, data: dict[str, Any]) -> None:
         place = self.layout.places[name]
         colour, sign = JOINS.get(data.get("join", ""), JOINS["sequential"])
         x, y = self._at(place.x + place.width / 2, place.y + place.height / 2)

@@ -128,11 +128,17 @@ function drawSites() {
       const paths = Array.from({ length: 7 }, () => svgElement("path", {}, group));
       const figure = svgElement("text", { ...data.figures[node.id], class: "grey" }, layers.words);
       drawn.set(node.id, { paths, figure });
-    } else if (node.kind === "join") {
-      svgElement("circle", { cx: x + w / 2, cy: y + h / 2, r: w / 2, fill: "#fff", stroke: C.joins[node.join] || C.grey }, group);
-      svgElement("text", { x: x + w / 2, y: y + h / 2 + 2, "font-size": 6, "text-anchor": "middle" }, group, { sum: "+", concatenation: "‖", product: "×", attention: "A" }[node.join] || "");
-    } else svgElement("path", { d: box(x, y, w, h), fill: C.ink }, group);
+    } else if (node.kind !== "join") svgElement("path", { d: box(x, y, w, h), fill: C.ink }, group);
     svgElement("path", { class: "hit", d: box(x - 3, y - 3, w + 6, h + 6), "data-site": node.id }, group);
+  }
+}
+
+function drawSigns() { // how flows join
+  for (const sign of data.signs) {
+    if (sign.line) {
+      const [x, y, X, Y] = sign.line;
+      svgElement("path", { d: `M${x} ${y}L${X} ${Y}`, stroke: sign.colour, "stroke-width": sign.width, style: "pointer-events:none" }, layers.marks);
+    } else svgElement("circle", { cx: sign.x, cy: sign.y, r: sign.r, fill: "#fff", stroke: sign.colour, "stroke-width": 0.5, style: "pointer-events:none" }, layers.marks);
   }
 }
 
@@ -522,7 +528,11 @@ $("file").addEventListener("change", async (event) => {
 
 $("model").textContent = data.model || "information flow";
 words();
-(unitLevel ? drawUnits : drawSites)();
+if (unitLevel) drawUnits();
+else {
+  drawSites();
+  drawSigns();
+}
 classes();
 paint();
 card();
