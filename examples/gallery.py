@@ -88,9 +88,13 @@ def _coloured(images: torch.Tensor, three: bool) -> torch.Tensor:
 
 
 def save(graph: nx.DiGraph, path: Path, width: str = "double") -> None:
-    """As a PNG of few colours: a page of documentation is no paper."""
-    picture = Image.open(io.BytesIO(draw(scene(graph, points(width)), "png"))).convert("RGB")
-    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    shrink(draw(scene(graph, points(width)), "png"), path)
+
+
+def shrink(png: bytes, path: Path) -> None:
+    """A PNG of few colours: a page of documentation is no paper."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"  {path}: {path.stat().st_size // 1024} KiB", flush=True)
 
 
@@ -124,6 +128,7 @@ def more(model: nn.Module, masks: nadhooks.Masks, loader: Batches, test: Batches
     units = {masks.sites[2].name: [0, 1, 2, 3], last: kept}
     seen = nadhooks.what_units_see(model, graph, masks.sites, test, units=units, top=7)
     nadhooks.contact_sheet(seen, folder / "resnet-sees.png")
+    shrink((folder / "resnet-sees.png").read_bytes(), folder / "resnet-sees.png")
     if hasattr(nadhooks, "unit_flow"):
         images = torch.cat([x[y == 3] for x, y in test])[:8]
         save(nadhooks.unit_flow(model, masks, "3", images), folder / "resnet-units.png")
