@@ -6,13 +6,15 @@ was learnt, `flow_graph` and `render` show it.
 
 from . import methods, objectives, sites
 from ._version import __version__
+from .collapsing import collapse
 from .errors import NadhooksError
 from .flow import flow_graph
 from .folding import sub_architecture
-from .formats import render
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
+from .rendering import contact_sheet, render
+from .seeing import what_units_see
 from .shrinking import shrink
 from .sites import Site
 
@@ -23,6 +25,8 @@ __all__ = [
     "Site",
     "__version__",
     "attach",
+    "collapse",
+    "contact_sheet",
     "flow_graph",
     "learn",
     "load",
@@ -32,4 +36,5 @@ __all__ = [
     "shrink",
     "sites",
     "sub_architecture",
+    "what_units_see",
 ]

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from . import zoo
 from .data import cache_dir, load_images
 from .flow import flow_graph
-from .formats import render
 from .formats.writing import write_bytes
 from .masks import Masks
+from .rendering import render
 
 MODEL = "timm:resnet18,in_chans=1,num_classes=10,channels=(32,64,128,256)"
 SITES = ["maxpool", "layer?.*"]  # the stem and the eight blocks
@@ -76,10 +76,11 @@ def _train(model: nn.Module, train: Batches, progress: Callable[[int, int], None
 
 
 def write_results(folder: Path, masks: Masks) -> list[Path]:
-    """Everything that the demo leaves: masks, a picture per class and one of all, and the similarity matrix."""
+    """Everything that the demo leaves: masks, a page, a picture per class and one of all, and the similarity matrix."""
     folder.mkdir(parents=True, exist_ok=True)
     masks.save(folder / "masks.safetensors")
-    written = [folder / "masks.safetensors"]
+    render(masks, folder / "flow.html")
+    written = [folder / "masks.safetensors", folder / "flow.html"]
     for name in masks.tasks:
         written.append(folder / f"flow-{quote(name, safe='')}.svg")  # names of classes may hold a slash
         render(flow_graph(masks, name), written[-1])

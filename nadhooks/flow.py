@@ -5,6 +5,7 @@ from __future__ import annotations
 import networkx as nx
 
 from .errors import NadhooksError
+from .graphs import FlowGraph
 from .masks import Masks
 from .wiring import INPUT, OUTPUT
 
@@ -25,7 +26,7 @@ def flow_graph(masks: Masks, task: object = None) -> nx.DiGraph:
     if not isinstance(masks, Masks):
         raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
     chosen = masks if task is None else masks.select(task)
-    graph = nx.DiGraph(masks.wiring, tasks=list(chosen.tasks), model=str(masks.provenance.get("model", "")))
+    graph = FlowGraph(masks.wiring, tasks=list(chosen.tasks), model=str(masks.provenance.get("model", "")))
     for stage, nodes in enumerate(nx.topological_generations(masks.wiring)):
         for node in nodes:
             graph.nodes[node].update(kind="site", stage=stage)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import MaskFileError, SiteError, TaskError
 from .formats import mask_file, remote
 from .formats.mask_file import StoredValues
+from .formats.tables import masks_table
 from .sites import Site
 from .tasks import Label, Tasks
 
@@ -119,6 +120,9 @@ class Masks:
             f"Masks({len(self)} tasks ({names}), {len(self.sites)} sites, {self.units:,} units, "
             f"kept {float(self.kept().mean()):.0%}, closed={self.closed!r})"
         )
+
+    def _repr_html_(self) -> str:
+        return masks_table(self)
 
     def kept(self) -> Tensor:
         """(tasks,) share of all units whose gate is above 0.5."""

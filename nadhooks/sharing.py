@@ -17,10 +17,12 @@ from torch import Tensor
 
 from . import zoo
 from ._version import __version__
+from .collapsing import collapse
 from .errors import MaskFileError, NadhooksError, RenderError
 from .flow import flow_graph
-from .formats import hub, render
+from .formats import hub
 from .masks import Masks
+from .rendering import render
 
 PICTURES = ("flow.png", "flow.svg")  # the first that can be drawn stands in the card
 TASKS_SHOWN = 100
@@ -67,7 +69,7 @@ def push_to_hub(
     """Publishes masks in the repository `org/name` of the Hugging Face Hub; returns the address for `nadhooks.load`.
 
     One commit holds the mask file, a card (README.md, in place of an older one) and pictures of the flow (flow.png and
-    flow.svg; where they cannot be drawn, a warning says why). The address, hf://org/name@commit, gives these very masks
+    flow.svg; where they cannot be read, a warning says why). The address, hf://org/name@commit, gives these very masks
     for ever.
 
     file: the mask file's name; `hf://org/name` finds the default. license: an identifier that the Hub knows, such as
@@ -272,17 +274,17 @@ def _checked(repo: str, file: str) -> str:
 
 
 def _pictures(masks: Masks, folder: Path) -> dict[str, bytes]:
-    """Those that can be drawn here."""
-    graph, drawn, why = flow_graph(masks), {}, ""
-    for name in PICTURES:
+    """The flow of all tasks over each other; of a network too large to be read, its collapsed view."""
+    graph = flow_graph(masks)
+    for shown in (lambda: graph, lambda: collapse(graph)):
         try:
-            render(graph, folder / name)
-            drawn[name] = (folder / name).read_bytes()
+            for name in PICTURES:
+                render(shown(), folder / name)
+            return {name: (folder / name).read_bytes() for name in PICTURES}
         except RenderError as error:
-            why = str(error)
-    if not drawn:
-        warnings.warn(f"{' and '.join(PICTURES)} are left out: {why}", stacklevel=4)  # above `Masks.push_to_hub`
-    return drawn
+            why = error
+    warnings.warn(f"{' and '.join(PICTURES)} are left out: {why}", stacklevel=4)  # above `Masks.push_to_hub`
+    return {}
 
 
 def _figure(value: Tensor) -> str:

@@ -230,7 +230,7 @@ def test_the_demo_leaves_masks_pictures_and_a_matrix(
 ) -> None:
     monkeypatch.setattr(demo, "EPOCHS", 3)  # enough to be well above chance
     assert run("demo", "--device", "cpu") == 0
-    names = {"masks.safetensors", "flow-all.svg", "similarity.csv", "similarity.svg"} | {
+    names = {"masks.safetensors", "flow.html", "flow-all.svg", "similarity.csv", "similarity.svg"} | {
         f"flow-{d}.svg" for d in range(10)
     }
     assert set(os.listdir("demo")) == names

@@ -276,10 +276,10 @@ def test_masks_may_have_a_file_name_of_their_own_and_leave_the_card_alone(hub: H
 
 def test_without_a_renderer_masks_are_published_without_pictures(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(graph: object, path: Path) -> None:
-        raise RenderError("no Graphviz found")
+        raise RenderError("too many sites")
 
     monkeypatch.setattr(sharing, "render", missing)
-    with pytest.warns(UserWarning, match=r"^flow\.png and flow\.svg are left out: no Graphviz found$"):
+    with pytest.warns(UserWarning, match=r"^flow\.png and flow\.svg are left out: too many sites$"):
         masks(["a"]).push_to_hub("us/r")
     files = hub.repos["us/r"].commits[hub.repos["us/r"].refs["main"]]
     assert set(files) == {".gitattributes", "masks.safetensors", "README.md"}

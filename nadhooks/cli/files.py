@@ -12,9 +12,10 @@ import torch
 
 from ..errors import TaskError
 from ..flow import flow_graph
-from ..formats import PICTURES, TEXT, hub, render
+from ..formats import PICTURES, TEXT, hub
 from ..formats.writing import write_bytes
 from ..masks import Masks, load, merge
+from ..rendering import render
 from .models import HEADINGS, Command, check_writable
 from .printing import AT_LEAST_1, few, out, say, table
 

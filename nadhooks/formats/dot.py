@@ -8,20 +8,26 @@ from typing import Any
 import graphviz
 import networkx as nx
 
+from .scene import BLUE, NEGATIVE, POSITIVE
+from .words import headline, subtitle
+
 SQUARE = 8  # points
 COLUMNS = 8  # squares beside each other
 CELLS = 256  # squares per site; wider sites share squares
 TOTAL_CELLS = 20_000  # squares per picture; more would take Graphviz minutes
 DROPPED = "#e6e6e6"
-KEPT = "#0072b2"  # Okabe and Ito's blue, safe for colour-blind eyes
+KEPT = BLUE
+SIGNS = {"sum": "+", "concatenation": "||", "product": "×", "attention": "A"}
 EDGE = "#7f7f7f"
 GREY = "#555555"
 FONT = "Arial"  # one name: of a list of names Graphviz would not know how wide the letters are
 
 
 def to_dot(graph: nx.DiGraph) -> str:
-    """DOT text of a graph made by `flow_graph`; the same graph gives the same text."""
+    """DOT text of a graph made by `flow_graph` or `unit_flow`; the same graph gives the same text."""
     nodes = {name: f"n{number}" for number, name in enumerate(graph)}  # a `:` in a node id would be read as a port
+    if graph.graph.get("level") == "unit":
+        return _units(graph, nodes)
     sites = max(1, sum(data["kind"] == "site" for _, data in graph.nodes(data=True)))
     cells = max(COLUMNS, min(CELLS, TOTAL_CELLS // sites))
     dot = graphviz.Digraph(
@@ -34,6 +40,8 @@ def to_dot(graph: nx.DiGraph) -> str:
     for name, data in graph.nodes(data=True):
         if data["kind"] == "site":
             dot.node(nodes[name], f"<{_site(name, data, cells)}>", tooltip=_tooltip(name, data))
+        elif data["kind"] == "join":
+            dot.node(nodes[name], SIGNS.get(data["join"], data["join"]), shape="circle", margin="0.02", tooltip=name)
         else:
             dot.node(nodes[name], _escaped(name), shape="box", style="rounded", margin="0.12,0.06")
     for source, target, data in graph.edges(data=True):
@@ -41,22 +49,41 @@ def to_dot(graph: nx.DiGraph) -> str:
     return dot.source
 
 
+def _units(graph: nx.DiGraph, nodes: dict[str, str]) -> str:
+    """Every site a box around its units; edges as wide as their weight and coloured by sign."""
+    dot = graphviz.Digraph(
+        graph_attr={"rankdir": "LR", "fontname": FONT, "fontsize": "13", "labelloc": "t", "labeljust": "l",
+                    "bgcolor": "white", "label": f"<{_escaped(subtitle(graph))}>"},
+        node_attr={"shape": "box", "style": "filled", "fontname": FONT, "fontsize": "9", "margin": "0.06,0.02",
+                   "height": "0.15", "width": "0.3", "color": GREY, "fillcolor": "white"},
+        edge_attr={"arrowsize": "0.4"},
+    )  # fmt: skip
+    for number, site in enumerate(graph.graph["sites"]):
+        with dot.subgraph(name=f"cluster_{number}") as box:
+            box.attr(label=f"<{_escaped(site)}>", fontsize="10", color=DROPPED)
+            for name, data in graph.nodes(data=True):
+                if data.get("site") == site:
+                    box.node(nodes[name], str(data.get("unit", "bias")), tooltip=name)
+    for name, data in graph.nodes(data=True):
+        if "site" not in data:
+            dot.node(nodes[name], _escaped(name))
+    most = max((abs(data["weight"]) for *_, data in graph.edges(data=True)), default=1.0) or 1.0
+    for source, target, data in graph.edges(data=True):
+        colour = POSITIVE if data["weight"] >= 0 else NEGATIVE
+        width = f"{0.2 + 3.8 * abs(data['weight']) / most:.2f}"
+        dot.edge(nodes[source], nodes[target], color=colour, penwidth=width, tooltip=f"{data['weight']:+.4g}")
+    return dot.source
+
+
 def _title(graph: nx.DiGraph, cells: int) -> str:
-    tasks = graph.graph.get("tasks", [])
-    model = str(graph.graph.get("model", "")).partition(",")[0]
-    model = model.rpartition("/")[2] if ":" in model else model.rpartition(".")[2]  # timm:NAME, file.py:NAME or a class
-    kept = sum(data["kept"] for _, data in graph.nodes(data=True))
-    units = sum(data["units"] for _, data in graph.nodes(data=True))
-    if len(tasks) == 1:
-        line = f"task {tasks[0]}: {kept:,} of {units:,} units kept ({kept / max(1, units):.0%})"
+    if len(graph.graph.get("tasks", [])) == 1:
         legend = [_key(KEPT), _text("kept"), _key(DROPPED), _text("dropped")]
         if any(data["units"] > cells for _, data in graph.nodes(data=True)):
             legend += [_key(_shade(0.5)), _text("some of a square's units kept")]
     else:
-        line = f"{len(tasks)} tasks over each other: {kept:,} of {units:,} units kept by at least one"
         shades = [_key(_shade(step / 5)) for step in range(1, 6)]
         legend = [_key(DROPPED), _text("kept by no task"), _text("by one"), *shades, _text("by all")]
-    head = f'<TD ALIGN="LEFT">{_escaped(f"{model}, {line}" if model else line)}</TD>'
+    head = f'<TD ALIGN="LEFT">{_escaped(headline(graph))}</TD>'
     width = 2 + sum(width + 2 for width, _ in legend)
     # sizes are fixed: Graphviz would stretch the legend to the width of the title
     key = (

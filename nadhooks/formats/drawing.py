@@ -1,0 +1,100 @@
+"""Scenes as SVG, PNG and PDF through matplotlib: the same scene gives the same bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+from .scene import FONT, Cells, Disc, Picture, Scene, Stroke, Text
+
+DPI = 300
+SETTINGS: dict[str, Any] = {
+    "svg.hashsalt": "nadhooks",  # ids that are the same in every process
+    "svg.fonttype": "none",  # words stay words: found by a search, and by a reader program
+    "pdf.fonttype": 42,  # TrueType, as publishers ask for
+    "font.family": [FONT, "sans-serif"],
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "path.simplify": False,
+    "lines.scale_dashes": False,  # dashes in points
+}
+PIXELS: dict[str, Any] = {"interpolation": "nearest", "resample": False}
+UNDATED: dict[str, dict[str, Any]] = {
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}
+
+
+def draw(scene: Scene, format: str) -> bytes:
+    """The bytes of an "svg", "pdf" or "png" file (300 dots per inch)."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: Any = SETTINGS  # matplotlib's own type lists every setting by name
+    with rc_context(settings):
+        figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=DPI, facecolor="white")
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_xlim(0, scene.width)
+        axes.set_ylim(scene.height, 0)  # y downwards
+        axes.axis("off")
+        for order, shape in enumerate(scene.shapes):
+            _add(axes, shape, order)
+        data = io.BytesIO()
+        named = {"Title": scene.title} if scene.title else {}
+        figure.savefig(data, format=format, dpi=DPI, metadata=UNDATED[format] | named)
+    return data.getvalue()
+
+
+def _add(axes: Any, shape: Any, order: int) -> None:
+    from matplotlib.image import imread
+    from matplotlib.patches import Circle, PathPatch
+    from matplotlib.path import Path
+
+    limits = axes.get_xlim(), axes.get_ylim()
+    if isinstance(shape, Cells):
+        corners: list[tuple[float, float]] = []
+        for x, y, width, height in shape.boxes:
+            corners += [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
+        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(shape.boxes)
+        if corners:
+            look: dict[str, Any] = {"facecolor": shape.fill, "edgecolor": "none", "alpha": shape.opacity}
+            axes.add_patch(PathPatch(Path(corners, codes), zorder=order, **look))
+    elif isinstance(shape, Stroke):
+        codes = [Path.MOVETO] + [Path.CURVE4] * (len(shape.points) - 1)
+        style: dict[str, Any] = {"linewidth": shape.width, "edgecolor": shape.colour, "alpha": shape.opacity}
+        if shape.dashes:
+            style["linestyle"] = (0, shape.dashes)
+        axes.add_patch(PathPatch(Path(shape.points, codes), facecolor="none", capstyle="butt", zorder=order, **style))
+    elif isinstance(shape, Disc):
+        axes.add_patch(
+            Circle(
+                (shape.x, shape.y),
+                shape.radius,
+                facecolor=shape.fill,
+                edgecolor=shape.edge,
+                linewidth=0.5,
+                zorder=order,
+            )
+        )
+    elif isinstance(shape, Picture):
+        x, y, width, height = shape.box
+        pixels = imread(io.BytesIO(base64.b64decode(shape.data.partition(",")[2])), format="png")
+        extent = (x, x + width, y + height, y)
+        axes.imshow(pixels, extent=extent, cmap="gray", vmin=0, vmax=1, aspect="auto", zorder=order, **PIXELS)
+        axes.set_xlim(*limits[0])
+        axes.set_ylim(*limits[1])
+    elif isinstance(shape, Text):
+        axes.text(
+            shape.x,
+            shape.y,
+            shape.text,
+            fontsize=shape.size,
+            color=shape.colour,
+            ha={"start": "left", "middle": "center", "end": "right"}[shape.align],
+            va="baseline",
+            rotation=90 if shape.turned else 0,
+            rotation_mode="anchor",
+            fontweight="bold" if shape.bold else "normal",
+            zorder=order,
+        )

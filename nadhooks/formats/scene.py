@@ -1,0 +1,162 @@
+"""What a picture consists of, whatever writes it: shapes in points, y downwards; colours, and how wide words are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # x, y, width, height
+
+FONT = "DejaVu Sans"  # comes with matplotlib: the same letters, and widths, on every machine
+INK, GREY, FAINT, PAPER = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#ffffff"
+# Okabe and Ito's colours, which colour-blind eyes tell apart (https://jfly.uni-koeln.de/color/)
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+TASKS = (BLUE, ORANGE)  # of one task, or of two over each other
+BOTH = "#262626"
+SHADES = ("#c3dcee", "#93c3e0", "#62a8d1", "#338dc1", "#0072b2")  # kept by ever more of many tasks
+POSITIVE, NEGATIVE = VERMILLION, BLUE  # signs of unit-level edges
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Filled boxes of one colour; `about` is what a viewer may show of them."""
+
+    boxes: tuple[Box, ...]
+    fill: str
+    about: str = ""
+    opacity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A line through (1 + 3 n) points: a start, then cubic Bézier curves as two controls and an end each."""
+
+    points: tuple[Point, ...]
+    width: float
+    colour: str
+    opacity: float = 1.0
+    dashes: tuple[float, ...] = ()
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Disc:
+    x: float
+    y: float
+    radius: float
+    fill: str
+    edge: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """One line; (x, y) is the start, middle or end of its baseline. Turned text reads upwards."""
+
+    x: float
+    y: float
+    text: str
+    size: float
+    colour: str = INK
+    align: str = "start"
+    turned: bool = False
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG in a data URI, in a box."""
+
+    box: Box
+    data: str
+
+
+Shape = Cells | Stroke | Disc | Text | Picture
+
+
+@dataclass
+class Scene:
+    """Shapes in the order in which they are drawn, on a sheet of width × height points."""
+
+    width: float
+    height: float
+    title: str = ""
+    shapes: list[Shape] = field(default_factory=list)
+
+
+@cache
+def _font(bold: bool) -> Any:
+    from matplotlib import font_manager
+
+    name = font_manager.FontProperties(family=FONT, weight="bold" if bold else "normal")
+    return font_manager.get_font(font_manager.findfont(name))
+
+
+@cache
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """In points."""
+    from matplotlib.ft2font import LoadFlags
+
+    font = _font(bold)
+    font.set_size(100, 72)  # large, then scaled; without hinting, which differs between versions
+    font.set_text(text, 0.0, flags=LoadFlags.NO_HINTING)
+    return round(float(font.get_width_height()[0]) / 64 * size / 100, 2)
+
+
+def wrapped(text: str, size: float, width: float, breaks: str = " ") -> list[str]:
+    """Lines that are at most so wide where the text can be broken behind one of the given characters."""
+    parts, start = [], 0
+    for place, letter in enumerate(text):
+        if letter in breaks:
+            parts.append(text[start : place + 1])
+            start = place + 1
+    lines = [""]
+    for part in [*parts, text[start:]]:
+        if lines[-1] and text_width((lines[-1] + part).rstrip(), size) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def shortened(text: str, size: float, width: float) -> str:
+    """The text, its middle left out where it would be wider."""
+    short, keep = text, len(text)
+    while keep > 4 and text_width(short, size) > width:
+        keep -= 1
+        short = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
+    return short
+
+
+def line(*points: Point) -> tuple[Point, ...]:
+    """Straight pieces as a stroke's points."""
+    out = [points[0]]
+    for before, after in itertools.pairwise(points):
+        out += [before, after, after]
+    return tuple(out)
+
+
+def swing(start: Point, end: Point) -> tuple[Point, ...]:
+    """A curve that leaves and arrives horizontally."""
+    middle = (start[0] + end[0]) / 2
+    return start, (middle, start[1]), (middle, end[1]), end
+
+
+def mixed(low: str, high: str, share: float) -> str:
+    """A colour between two."""
+    parts = (round(int(low[i : i + 2], 16) * (1 - share) + int(high[i : i + 2], 16) * share) for i in (1, 3, 5))
+    return "#" + "".join(f"{part:02x}" for part in parts)
+
+
+def rows_of(squares: Sequence[int], columns: int) -> Iterable[tuple[int, int, int]]:
+    """Runs (row, first column, length) of neighbours among ascending places on a grid, in few boxes."""
+    start = last = -2
+    for place in [*squares, -1]:
+        if place == last + 1 and place % columns:
+            last = place
+            continue
+        if start >= 0:
+            yield start // columns, start % columns, last - start + 1
+        start = last = place

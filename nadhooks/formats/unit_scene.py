@@ -1,0 +1,316 @@
+"""A unit-level graph as strips: every unit of a site in its fixed place, edges by weight and sign, weak ones first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+
+from ..errors import RenderError
+from .labels import Labels, header_lines, label
+from .scene import (
+    FAINT,
+    GREY,
+    INK,
+    NEGATIVE,
+    PAPER,
+    POSITIVE,
+    Box,
+    Cells,
+    Disc,
+    Point,
+    Scene,
+    Shape,
+    Stroke,
+    Text,
+    line,
+    mixed,
+    swing,
+    text_width,
+    wrapped,
+)  # fmt: skip
+from .site_layout import MARGIN, PITCH
+from .site_scene import SMALL, TITLE
+from .words import called, subtitle
+
+NODES, EDGES = 500, 400  # more would be a hairball: of more edges, the strongest are drawn
+WIDEST, THINNEST = 3.2, 0.25  # edges, in points
+ENDS = 40.0  # room for the input and for the output
+LEAST = 1.7  # the height of a unit's mark
+
+
+def unit_scene(graph: nx.DiGraph, width: float) -> Scene:
+    """The picture of a graph made by `unit_flow`, so many points wide. Raises RenderError where it cannot be read."""
+    if len(graph) > NODES:
+        raise RenderError(
+            f"too large to be read as strips: {len(graph)} nodes (at most {NODES}); keep fewer with a smaller share of "
+            "nodes, draw nadhooks.collapse(graph), a band for each pair of sites, or render to .html"
+        )
+    return Strips(graph, width).scene()
+
+
+def columns_of(graph: nx.DiGraph) -> list[list[str]]:
+    """Sites by stage, in firing order."""
+    stages: dict[int, list[str]] = {}
+    for name, data in graph.graph["sites"].items():
+        stages.setdefault(data["stage"], []).append(name)
+    return [stages[stage] for stage in sorted(stages)]
+
+
+class Strips:
+    """Places strips and units, and turns them into shapes."""
+
+    def __init__(self, graph: nx.DiGraph, width: float, tall: float = 0.0) -> None:
+        self.graph, self.width = graph, width
+        self.shapes: list[Shape] = []
+        self.columns = columns_of(graph)
+        self.lanes = max((len(column) for column in self.columns), default=1)
+        self.pitch = (width - 2 * MARGIN - 2 * ENDS) / max(1, len(self.columns))
+        if self.pitch < PITCH:
+            raise RenderError(
+                f"too large to be read at {width:.0f} points: {len(self.columns)} stages (room for "
+                f"{int((width - 2 * MARGIN - 2 * ENDS) / PITCH)}); pass a larger width=, draw "
+                "nadhooks.collapse(graph), or render to .html"
+            )
+        self.labels: Labels = label(self.columns, self.pitch)
+        self.strip = min(9.0, 0.34 * self.pitch)
+        self.tall = tall or max(130.0, min(260.0, 0.42 * width))
+        self.most = max((abs(data["weight"]) for *_, data in graph.edges(data=True)), default=1.0) or 1.0
+        strengths = [abs(data["attribution"]) for _, data in graph.nodes(data=True) if "attribution" in data]
+        self.strongest = max(strengths, default=1.0) or 1.0
+        self.boxes: dict[str, Box] = {}
+
+    def scene(self) -> Scene:
+        title = wrapped(subtitle(self.graph), TITLE, self.width - 2 * MARGIN)
+        for number, text in enumerate(title):
+            self.shapes.append(Text(MARGIN, MARGIN + TITLE * (1 + 1.25 * number), text, TITLE))
+        strips = self.place(MARGIN + TITLE * 1.25 * len(title) + 6)
+        for name, strip in strips.items():
+            self.shapes.append(Cells((strip,), FAINT, name))
+        edges = sorted(self.graph.edges(data=True), key=lambda edge: abs(edge[2]["weight"]))
+        for source, target, data in edges[-EDGES:]:  # the strongest last, above the others
+            self._edge(source, target, data["weight"])
+        self.grid()
+        for name, data in self.graph.nodes(data=True):
+            self.node(name, data)
+        lowest = self.names(strips)
+        lowest = self._legend(lowest + 9)
+        return Scene(self.width, lowest + MARGIN, subtitle(self.graph), self.shapes)
+
+    # --- places ---
+
+    def place(self, top: float = MARGIN) -> dict[str, Box]:
+        """The boxes of all strips; `boxes` then has those of all nodes."""
+        figures = self._figures_height()
+        self.top = top + figures
+        between = figures + self.labels.height + 6 if self.lanes > 1 else 0.0
+        self.bottom = self.top + self.tall * (1 + 0.5 * (self.lanes - 1)) + between * (self.lanes - 1)
+        strips = self._place(between)
+        self._place_nodes(strips)
+        return strips
+
+    def _place(self, between: float) -> dict[str, Box]:
+        strips = {}
+        for number, column in enumerate(self.columns):
+            x = MARGIN + ENDS + (number + 0.5) * self.pitch - self.strip / 2
+            room = (self.bottom - self.top - between * (len(column) - 1)) / len(column)
+            if self.lanes > 1 and len(column) == 1:
+                room = min(room, self.tall)
+            y = (self.top + self.bottom - room * len(column) - between * (len(column) - 1)) / 2
+            for name in column:
+                strips[name] = (x, y, self.strip, room)
+                y += room + between
+        return strips
+
+    def _place_nodes(self, strips: dict[str, Box]) -> None:
+        middle = (self.top + self.bottom) / 2
+        side = min(30.0, ENDS - 8)
+        for name, data in self.graph.nodes(data=True):
+            kind = data["kind"]
+            if kind == "unit":
+                x, y, wide, tall = strips[data["site"]]
+                each = tall / self.graph.graph["sites"][data["site"]]["units"]
+                mark = max(LEAST, min(6.0, each * 0.9))
+                self.boxes[name] = (x - 1.2, y + (data["unit"] + 0.5) * each - mark / 2, wide + 2.4, mark)
+            elif kind == "bias":
+                x, y, wide, tall = strips[data.get("site") or name.rpartition(":")[0]]
+                fed = {self.graph.nodes[unit].get("site") for unit in self.graph.successors(name)}
+                before = x - 0.5 * (self.pitch - wide)  # of what it feeds
+                x = before if data.get("site") in fed else x + wide / 2 - 1.6
+                self.boxes[name] = (x, y + tall + 2.2, 3.2, 3.2)
+            elif kind == "input" and "row" in data:
+                cell = side / max(data["rows"], data["columns"])
+                top = middle - cell * data["rows"] / 2
+                self.boxes[name] = (MARGIN + data["column"] * cell, top + data["row"] * cell, cell, cell)
+            elif kind == "input":
+                self.boxes[name] = (MARGIN + 12, middle - 20, 3.0, 40)
+            else:
+                self.boxes[name] = (self.width - MARGIN - 18, middle - 20, 3.0, 40)
+
+    def _ends(self, source: str, target: str) -> tuple[Point, Point]:
+        x, y, wide, tall = self.boxes[source]
+        data = self.graph.nodes[source]
+        right = x + wide * (data["columns"] - data["column"]) if "row" in data else x + wide  # regions: the grid's side
+        start = (right, y + tall / 2)
+        x, y, _, tall = self.boxes[target]
+        return start, (x, y + tall / 2)
+
+    # --- shapes ---
+
+    def _edge(self, source: str, target: str, weight: float) -> None:
+        share = abs(weight) / self.most
+        about = f"{source} → {target}: {weight:+.4g}"
+        start, end = self._ends(source, target)
+        colour = POSITIVE if weight >= 0 else NEGATIVE
+        width, opacity = max(THINNEST, WIDEST * share), round(0.18 + 0.67 * math.sqrt(share), 3)
+        self.shapes.append(Stroke(swing(start, end), width, colour, opacity, about=about))
+
+    def node(self, name: str, data: dict[str, Any]) -> None:
+        kind, box = data["kind"], self.boxes[name]
+        if kind == "unit":
+            self.shapes.append(Cells((box,), self.fill(name), f"{name}: {data['attribution']:+.4g}"))
+        elif kind == "bias":
+            x, y, side, _ = box
+            self.shapes.append(Disc(x + side / 2, y + side / 2, side / 2, PAPER, GREY))
+        elif "row" in data:
+            self.shapes.append(Cells((box,), self.fill(name), name))
+            self.shapes.append(Stroke(_outline(box), 0.4, GREY))
+        else:
+            x, y, wide, tall = box
+            self.shapes.append(Cells((box,), INK, name))
+            text = name if kind == "input" else self._class_name()
+            x = x - 2.5 if kind == "input" else x + wide + 8
+            self.shapes.append(Text(x, y + tall / 2, text, SMALL + 0.5, INK, "middle", turned=True))
+
+    def grid(self) -> None:
+        """The image's regions, also those that nothing leaves."""
+        first = next((name for name, data in self.graph.nodes(data=True) if "row" in data), None)
+        if first is None:
+            return
+        data, (x, y, cell, _) = self.graph.nodes[first], self.boxes[first]
+        x, y = x - data["column"] * cell, y - data["row"] * cell
+        self.shapes.append(Text(x, y - 3, "input", SMALL + 0.5))
+        places = [(row, column) for row in range(data["rows"]) for column in range(data["columns"])]
+        for row, column in places:
+            self.shapes.append(Stroke(_outline((x + column * cell, y + row * cell, cell, cell)), 0.4, FAINT))
+
+    def fill(self, name: str) -> str:
+        """A unit's colour by its attribution, an image region's by the sum of its edges."""
+        data = self.graph.nodes[name]
+        if "row" in data:
+            share = self.regions[name] / (max(map(abs, self.regions.values())) or 1.0)
+            return mixed(PAPER, POSITIVE if share >= 0 else NEGATIVE, abs(share))
+        if data["kind"] != "unit":
+            return PAPER if data["kind"] == "bias" else INK
+        strength = 0.3 + 0.7 * math.sqrt(abs(data["attribution"]) / self.strongest)
+        return mixed(PAPER, POSITIVE if data["attribution"] >= 0 else NEGATIVE, strength)
+
+    @cached_property
+    def regions(self) -> dict[str, float]:
+        return {
+            name: sum(data["weight"] for *_, data in self.graph.out_edges(name, data=True))
+            for name, node in self.graph.nodes(data=True)
+            if "row" in node
+        }
+
+    def _class_name(self) -> str:
+        return ", ".join(map(called, self.graph.graph.get("tasks", []))) or "output"
+
+    # --- words ---
+
+    def _figures(self, name: str) -> list[str]:
+        data = self.graph.graph["sites"][name]
+        shown = data.get("shown", sum(d.get("site") == name for _, d in self.graph.nodes(data=True)))
+        lines = [f"{shown} / {data['kept']} / {data['units']}"]
+        return [*lines, f"{data['coverage']:.0%}"] if "coverage" in data else lines
+
+    def _figures_height(self) -> float:
+        lines = [text for column in self.columns for name in column for text in self._figures(name)]
+        self.size = min([6.0, *((self.pitch - 1.5) / text_width(text, 1) for text in lines)])
+        if self.size >= 4.4:
+            return 2.4 * self.size + 2
+        self.size = min(5.5, 0.62 * self.pitch)
+        return max(text_width(" · ".join(self._figures(name)), self.size) for c in self.columns for name in c) + 4
+
+    def names(self, strips: dict[str, Box]) -> float:
+        lowest = self.bottom + (7 if any(d["kind"] == "bias" for _, d in self.graph.nodes(data=True)) else 2)
+        for name, (x, y, wide, tall) in strips.items():
+            self._figure(name, x + wide / 2, y)
+            at = lowest if self.lanes == 1 else y + tall + 6
+            lines, size = self.labels.lines[name], self.labels.size
+            if self.labels.turned:
+                self.shapes.append(Text(x + wide / 2 + 0.36 * size, at + 2, lines[0], size, INK, "end", turned=True))
+            for number, text in enumerate([] if self.labels.turned else lines):
+                place = at + size * (1 + 1.18 * number)
+                self.shapes.append(Text(x + wide / 2, place, text, size, INK, "middle"))
+        lowest += self.labels.height - (self.labels.figure + 3 if self.labels.turned else self.labels.small)
+        end = lowest
+        for text, first, last in self.labels.headers:
+            left = strips[first][0] + self.strip / 2 - self.pitch / 2 + 1.2
+            right = strips[last][0] + self.strip / 2 + self.pitch / 2 - 1.2
+            self.shapes.append(Stroke(line((left, lowest + 1), (right, lowest + 1)), 0.6, GREY))
+            size, lines = header_lines(text, max(12.0, right - left + 1))
+            for number, each in enumerate(lines):
+                end = max(end, lowest + 2.5 + size * (1 + 1.15 * number))
+                place = lowest + 2.5 + size * (1 + 1.15 * number)
+                self.shapes.append(Text((left + right) / 2, place, each, size, INK, "middle"))
+        return end
+
+    def _figure(self, name: str, x: float, y: float) -> None:
+        lines = self._figures(name)
+        if self.size * max(text_width(text, 1) for text in lines) > self.pitch:
+            self.shapes.append(Text(x + 0.36 * self.size, y - 3, " · ".join(lines), self.size, GREY, turned=True))
+            return
+        for number, text in enumerate(reversed(lines)):
+            self.shapes.append(Text(x, y - 3 - 1.2 * self.size * number, text, self.size, GREY, "middle"))
+
+    def _legend(self, y: float) -> float:
+        x = MARGIN
+        for width, shapes in self._items():
+            if x + width > self.width - MARGIN and x > MARGIN:
+                x, y = MARGIN, y + 11
+            for shape in shapes(x, y):
+                self.shapes.append(shape)
+            x += width + 9
+        return y + 3
+
+    def _items(self) -> Iterable[tuple[float, Any]]:
+        for colour, text in ((POSITIVE, "raises the logit"), (NEGATIVE, "lowers it")):
+            yield 8 + text_width(text, SMALL), lambda x, y, colour=colour, text=text: [
+                Cells(((x, y - 5, 5.5, 5.5),), colour), Text(x + 8, y, text, SMALL, GREY),
+            ]  # fmt: skip
+        text = f"|effect| {self.most:.3g} and {self.most / 4:.2g}"
+        yield 24 + text_width(text, SMALL), lambda x, y, text=text: [
+            Stroke(line((x, y - 2.2), (x + 9, y - 2.2)), WIDEST, POSITIVE, 0.85),
+            Stroke(line((x + 11, y - 2.2), (x + 20, y - 2.2)), WIDEST / 4, POSITIVE, 0.52),
+            Text(x + 24, y, text, SMALL, GREY),
+        ]  # fmt: skip
+        if any(data["kind"] == "bias" for _, data in self.graph.nodes(data=True)):
+            yield (
+                7 + text_width("bias", SMALL),
+                lambda x, y: [
+                    Disc(x + 2, y - 2.2, 1.6, PAPER, GREY),
+                    Text(x + 7, y, "bias", SMALL, GREY),
+                ],  # fmt: skip,
+            )
+        if self.graph.number_of_edges() > EDGES:
+            weights = sorted((abs(data["weight"]) for *_, data in self.graph.edges(data=True)), reverse=True)
+            share = sum(weights[:EDGES]) / (sum(weights) or 1.0)
+            text = f"the {EDGES} strongest of {len(weights):,} edges, {share:.0%} of |effect|"
+            yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+        facts = self.graph.graph
+        known = [f"{key} {facts[key]}" for key in ("weighting", "reference", "estimator") if key in facts]
+        known += [f"{facts['images']} images"] if "images" in facts else []
+        text = "above: shown / kept / all units, share of |attribution| shown"
+        yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+        if known:
+            text = ", ".join(known)
+            yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+
+
+def _outline(box: Box) -> tuple[Point, ...]:
+    x, y, wide, tall = box
+    return line((x, y), (x + wide, y), (x + wide, y + tall), (x, y + tall), (x, y))

@@ -1,0 +1,150 @@
+"""What units see: the strongest images, cropped to where, and their activation by class."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import nadhooks
+from nadhooks.errors import DataError, RenderError, SiteError
+from nadhooks.formats.contact_sheet import contact_scene
+from nadhooks.formats.scene import Picture, Text
+from nadhooks.seeing import activations
+
+SITE = nadhooks.Site("conv", 1, 2, "conv")
+
+
+class Net(nn.Module):
+    """Unit 0 is the image, unit 1 its negative; a place of the site sees one pixel of the image and no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1, bias=False)
+        self.conv.weight.data = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+def graph(units: tuple[int, ...] = (0, 1)) -> nx.DiGraph:
+    made = nx.DiGraph(level="unit", tasks=["a"], model="net", sites={"conv": {"units": 2, "kept": 2, "stage": 1}})
+    made.add_node("input", kind="input", stage=0)
+    for unit in units:
+        made.add_node(f"conv:{unit}", kind="unit", site="conv", unit=unit, stage=1, attribution=1.0)
+    made.add_node("output", kind="output", stage=2)
+    return made
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Four images of 8 × 8, dark but for one pixel: 1, 2, 3, 4 at (0, 0), (2, 5), (7, 7), (4, 1)."""
+    images = torch.zeros(4, 1, 8, 8)
+    for number, (row, column) in enumerate([(0, 0), (2, 5), (7, 7), (4, 1)]):
+        images[number, 0, row, column] = number + 1
+    labels = torch.tensor([0, 1, 0, 1])
+    return [(images[:2], labels[:2]), (images[2:], labels[2:])]
+
+
+def test_the_strongest_images_come_first_with_where_they_excite_the_unit() -> None:
+    seen = nadhooks.what_units_see(Net(), graph(), [SITE], batches(), names={0: "cat", 1: "dog"}, top=3, size=8)
+    found = seen.nodes["conv:0"]["sees"]
+    assert [(each["image"], each["label"], each["activation"]) for each in found] == [
+        (3, "dog", 4.0), (2, "cat", 3.0), (1, "dog", 2.0),
+    ]  # fmt: skip
+    tops = [(each["box"][0], each["box"][1]) for each in found]
+    assert tops == [(4, 1), (7, 7), (2, 5)]
+    assert all(each["box"][2:] == [1, 1] for each in found)
+    assert "sees" not in graph().nodes["conv:0"]
+
+
+def test_activation_by_class_is_the_mean_over_images_and_places() -> None:
+    seen = nadhooks.what_units_see(Net(), graph(), [SITE], batches(), names={0: "cat"})
+    assert seen.nodes["conv:0"]["activation"] == pytest.approx({"cat": (1 + 3) / 2 / 64, "1": (2 + 4) / 2 / 64})
+    assert seen.nodes["conv:1"]["activation"] == pytest.approx({"cat": -2 / 64, "1": -3 / 64})
+
+
+def test_crops_are_pngs_of_the_size_asked_for() -> None:
+    seen = nadhooks.what_units_see(Net(), graph(), [SITE], batches(), size=8)
+    crop = seen.nodes["conv:0"]["sees"][0]["crop"]
+    assert crop.startswith("data:image/png;base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(crop.partition(",")[2])))
+    assert image.size == (8, 8)
+    assert image.getpixel((4, 4)) == 255
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Net().train()
+    nadhooks.what_units_see(model, graph(), [SITE], batches())
+    assert model.training
+    assert not model.conv._forward_hooks
+    assert model.conv.weight.grad is None
+
+
+def test_sites_of_a_site_graph_know_what_chosen_units_see() -> None:
+    sites = nx.DiGraph(level="site", tasks=["a"])
+    sites.add_node("conv", kind="site", units=2)
+    seen = nadhooks.what_units_see(Net(), sites, [SITE], batches(), units={"conv": [1]}, top=1)
+    assert list(seen.nodes["conv"]["seen"]) == ["1"]
+    assert seen.nodes["conv"]["seen"]["1"]["sees"][0]["activation"] == 0.0
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    with pytest.raises(DataError, match="got none"):
+        nadhooks.what_units_see(Net(), graph(), [SITE], [])
+    with pytest.raises(SiteError, match="conv: the graph has units of this site, but sites= does not"):
+        nadhooks.what_units_see(Net(), graph(), [], batches())
+    with pytest.raises(nadhooks.NadhooksError, match="units="):
+        nadhooks.what_units_see(Net(), graph(()), [SITE], batches())
+    with pytest.raises(SiteError, match="no site 'fc'"):
+        nadhooks.what_units_see(Net(), graph(), [SITE], batches(), units={"fc": [0]})
+    with pytest.raises(RenderError, match="units see nothing"):
+        contact_scene(graph(), None, 252)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "more", "places", "grid"),
+    [
+        ((2, 4, 3, 5), 1, {}, 15, (3, 5, 0)),
+        ((2, 3, 5, 4), 3, {}, 15, (3, 5, 0)),
+        ((2, 17, 4), 2, {}, 17, (4, 4, 1)),  # a class token and 4 × 4 patches
+        ((2, 16, 4), 2, {}, 16, (4, 4, 0)),
+        ((2, 4), 1, {}, 1, None),
+        ((8, 9, 4), 2, {}, 36, None),  # windows: where each lies is not known
+        ((2, 16, 8), 2, {"block": 2}, 16, (4, 4, 0)),
+    ],
+)
+def test_places_are_told_by_shape(
+    shape: tuple[int, ...], axis: int, more: dict[str, Any], places: int, grid: tuple[int, int, int] | None
+) -> None:
+    active, found = activations(torch.ones(shape), nadhooks.Site("s", axis, 4, "s", **more), 2)
+    assert active.shape == (2, 4, places)
+    assert found == grid
+
+
+def test_units_of_several_positions_count_as_their_norm() -> None:
+    site = nadhooks.Site("s", 1, 2, "s", block=2)
+    active, _ = activations(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), site, 1)
+    assert active.flatten().tolist() == [5.0, 2.0]
+
+
+def test_contact_sheets_show_images_and_names(tmp_path: Path) -> None:
+    seen = nadhooks.what_units_see(Net(), graph(), [SITE], batches(), names={0: "cat", 1: "dog"}, top=3, size=8)
+    seen.graph["unit_names"] = {"conv:0": "brightness"}
+    sheet = contact_scene(seen, None, 252)
+    assert sum(isinstance(shape, Picture) for shape in sheet.shapes) == 6
+    words = {shape.text for shape in sheet.shapes if isinstance(shape, Text)}
+    assert {"conv:0", "conv:1", "brightness"} <= words
+    for suffix in ("png", "pdf", "svg"):
+        nadhooks.contact_sheet(seen, tmp_path / f"sheet.{suffix}")
+        assert (tmp_path / f"sheet.{suffix}").stat().st_size > 1000
+    with pytest.raises(RenderError, match=r"ends in .svg, .png, .pdf, got '.html'"):
+        nadhooks.contact_sheet(seen, tmp_path / "sheet.html")
+    with pytest.raises(RenderError, match="no unit 'conv:9'"):
+        nadhooks.contact_sheet(seen, tmp_path / "sheet.png", ["conv:9"])
