@@ -7,12 +7,14 @@ was learnt, `flow_graph` and `render` show it.
 from . import methods, objectives, sites
 from ._version import __version__
 from .errors import NadhooksError
+from .evaluation import verify
 from .flow import flow_graph
 from .formats import render
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
 from .sites import Site
+from .units import unit_flow
 
 __all__ = [
     "Gates",
@@ -28,4 +30,6 @@ __all__ = [
     "objectives",
     "render",
     "sites",
+    "unit_flow",
+    "verify",
 ]

@@ -7,15 +7,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
-    {"errors", "_version", "nesting", "functional", "formats.writing"},
+    {"errors", "_version", "nesting", "functional", "joins", "formats.writing"},
     {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
     {"structure", "methods"},
     {"sites"},
     {"hooking", "gating", "masks", "sampling"},
     {"wiring"},
-    {"gates", "flow", "formats.dot"},
+    {"gates", "flow", "formats.dot", "segments"},
     {"learning", "formats"},
-    {"evaluation.recognition"},
+    {"evaluation.recognition", "effects"},
+    {"units", "evaluation.causality"},
     {"evaluation", "demo"},
     {"cli", "zoo.check"},
     {"zoo.coverage", "zoo.processes"},
