@@ -72,9 +72,7 @@ class Setting:
         if source == INPUT:
             return value - self.references[INPUT]
         site = self.sites[source]
-        everything = value - self.closed(source, value, torch.arange(site.units))
-        return gate(everything, self.kept[source][None].to(value), site.axis, site.block, None,
-                    alternating=site.alternating)  # fmt: skip
+        return _of_kept(self, source, value - self.closed(source, value, torch.arange(site.units)))
 
     def region_numbers(self, images: Tensor) -> Tensor:
         """(height, width) number of each pixel's region; one region for inputs that are not images."""
@@ -104,7 +102,8 @@ class Effects:
     """Averages over the images. shown: {site: units that are looked at}, the input's regions, the output as unit 0.
 
     attribution: {site: (units,)} how much a unit's activity adds to the logit. edges: {(source, target): (targets
-    shown, sources shown)}. bias: {site: (shown,)} what a unit has beyond all units upstream.
+    shown, sources shown)}. bias: {site: (shown,)} what a unit has beyond all units upstream. outflow: {source:
+    (shown,)} the sum of a unit's edges to everything behind it, shown or not.
     """
 
     shown: dict[str, Tensor]
@@ -112,6 +111,7 @@ class Effects:
     logit: float
     edges: dict[Edge, Tensor] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
+    outflow: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -211,6 +211,7 @@ def measure(
         effects.edges[edge] = torch.zeros(len(shown[edge[1]]), len(shown[edge[0]]), dtype=torch.float64)
     for name in found.sites:
         effects.bias[name] = torch.zeros(len(shown[name]), dtype=torch.float64)
+    effects.outflow = {name: torch.zeros(len(units), dtype=torch.float64) for name, units in shown.items()}
     counted = _Progress(found, shown, closing, progress)
     for images in found.batches:
         cut = only or found.cut(images)
@@ -257,6 +258,14 @@ def _cotangent(found: Setting, cut: Cut, name: str, weighting: Weighting) -> Ten
     return torch.full_like(entering, batch * found.sites[name].units / entering.numel())
 
 
+def _of_kept(found: Setting, name: str, x: Tensor) -> Tensor:
+    """Without what belongs to units that the mask drops."""
+    if name == OUTPUT:
+        return x
+    site = found.sites[name]
+    return gate(x, found.kept[name][None].to(x), site.axis, site.block, None, alternating=site.alternating)
+
+
 def _by_gradient(
     found: Setting, cut: Cut, cotangents: Mapping[str, Tensor], effects: Effects, edges: set[Edge], counted: _Progress
 ) -> None:
@@ -266,6 +275,9 @@ def _by_gradient(
         sources = [name for name in cut.leaving if (name, target) in edges]
         if not sources:
             continue
+        for source, part in cut.product(target, _of_kept(found, target, cotangents[target]), sources).items():
+            sums = found.sums(source, part * difference[source]) / found.images
+            effects.outflow[source] += sums[effects.shown[source]]
         one = cotangents[target] if target == OUTPUT else torch.zeros_like(cotangents[target])
         for row, unit in enumerate(effects.shown[target].tolist()):
             if target != OUTPUT:
@@ -317,6 +329,8 @@ def _by_closing(
                 for target in targets:
                     there = sums[target][effects.shown[target]]
                     effects.edges[source, target][:, columns] += there[:, None]
+                    counts = torch.ones(1, dtype=torch.bool) if target == OUTPUT else found.kept[target]
+                    effects.outflow[source][columns] += sums[target][counts].sum()
                     if target != OUTPUT:
                         effects.bias[target] -= there
 

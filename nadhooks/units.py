@@ -61,7 +61,9 @@ def unit_flow(
 
     Nodes: "SITE:UNIT" (kind "unit"; site, unit, attribution: what it adds to the logit, Σ_p ∂logit/∂z(p) · Δz(p)),
     "SITE:bias" (kind "bias": its edge to v is v's attribution beyond all kept units upstream, constants and
-    interactions), "input:ROW,COLUMN" or "input", "output"; each with its stage. Edges: weight, signed. The graph:
+    interactions), "input:ROW,COLUMN" or "input", "output"; each with its stage. Units and regions also have outflow,
+    the sum of all their edges, the pruned ones too; to first order that is the attribution. Edges: weight, signed. The
+    graph:
     level, tasks, model, weighting, reference, estimator, images, logit (their mean), sites {site: units, kept, stage,
     shown, coverage}, paths [{nodes, weight}]. A path's weight is the share of the logit that takes it, each step being
     taken for its share of the target's inflow: the last edge's weight times e / Σ|e| of every edge before.
@@ -188,16 +190,19 @@ def _name(found: Setting, key: Key) -> str:
 
 def _attributes(found: Setting, effects: Effects, key: Key, stages: dict[str, int]) -> dict[str, Any]:
     site, unit = key
-    if site == INPUT:
-        rows, columns = found.regions
-        place = {"row": unit // columns, "column": unit % columns, "rows": rows, "columns": columns}
-        return {"kind": INPUT, "stage": 0, **place}
     if site == OUTPUT:
         return {"kind": OUTPUT, "stage": stages[OUTPUT]}
     if unit == BIAS:
         return {"kind": "bias", "stage": stages[site], "site": site}
+    outflow = float(effects.outflow[site][effects.shown[site] == unit])
+    if site == INPUT:
+        rows, columns = found.regions
+        place = {"row": unit // columns, "column": unit % columns, "rows": rows, "columns": columns}
+        return {"kind": INPUT, "stage": 0, **place, "outflow": outflow}
     worth = float(effects.attribution[site][unit])
-    return {"kind": "unit", "stage": stages[site], "site": site, "unit": unit, "attribution": worth}
+    return {
+        "kind": "unit", "stage": stages[site], "site": site, "unit": unit, "attribution": worth, "outflow": outflow,
+    }  # fmt: skip
 
 
 def strongest_paths(graph: nx.DiGraph, number: int) -> list[dict[str, Any]]:

@@ -122,7 +122,10 @@ def test_graphs_say_what_they_are_in_plain_values() -> None:
     assert graph.graph["level"] == "unit"
     assert graph.graph["tasks"] == ["0"]
     assert graph.graph["logit"] == pytest.approx(2.5 + 2.5 + 2 * (10.75 + 3))
-    assert graph.nodes["a:1"] == {"kind": "unit", "stage": 1, "site": "a", "unit": 1, "attribution": pytest.approx(6.0)}
+    assert graph.nodes["a:1"] == {
+        "kind": "unit", "stage": 1, "site": "a", "unit": 1,
+        "attribution": pytest.approx(6.0), "outflow": pytest.approx(6.0),
+    }  # fmt: skip
     assert graph.nodes["output"] == {"kind": "output", "stage": 3}
     assert next(iter(graph)) == "input"
     assert list(graph)[-1] == "output"
@@ -140,14 +143,21 @@ def test_what_flows_into_a_unit_is_what_it_is_worth() -> None:
                 assert inflow == pytest.approx(data["attribution"], abs=1e-12)
 
 
-def test_what_flows_out_of_a_unit_is_its_attribution() -> None:
+@pytest.mark.parametrize("estimator", ["gradient", "midpoint"])
+def test_what_flows_out_of_a_unit_is_its_attribution(estimator: Any) -> None:
     model = seeded(Split)
-    masks = masks_of(model, ["stem", "left", "right"], vectors())
-    graph = nadhooks.unit_flow(model, masks, 0, vectors(), estimator="gradient", **EVERYTHING)
+    masks = masks_of(model, ["stem", "left", "right"], vectors(), {"left": [1]})
+    graph = nadhooks.unit_flow(model, masks, 0, vectors(), estimator=estimator, **EVERYTHING)
+    pruned = nadhooks.unit_flow(model, masks, 0, vectors(), estimator=estimator, nodes=0.6, edges=0.6)
     for node, data in graph.nodes(data=True):
         if data["kind"] == "unit":
             outflow = math.fsum(edge["weight"] for *_, edge in graph.out_edges(node, data=True))
-            assert outflow == pytest.approx(data["attribution"], abs=1e-12)
+            assert outflow == pytest.approx(data["outflow"], abs=1e-12)
+            if estimator == "gradient":
+                assert outflow == pytest.approx(data["attribution"], abs=1e-12)
+            if node in pruned:
+                assert pruned.nodes[node]["outflow"] == pytest.approx(outflow, abs=1e-12)
+    assert len(pruned) < len(graph)
 
 
 def test_paths_through_other_sites_do_not_count() -> None:
@@ -197,7 +207,8 @@ def test_image_regions_feed_units_and_add_up_to_the_whole_input() -> None:
     for estimator in ("gradient", "midpoint"):
         whole = weights(nadhooks.unit_flow(model, masks, 0, x, regions=1, estimator=estimator, **EVERYTHING))
         parts = nadhooks.unit_flow(model, masks, 0, x, regions=(3, 2), estimator=estimator, **EVERYTHING)
-        assert parts.nodes["input:2,1"] == {"kind": "input", "stage": 0, "row": 2, "column": 1, "rows": 3, "columns": 2}
+        place = parts.nodes["input:2,1"]
+        assert [place[key] for key in ("row", "column", "rows", "columns", "kind", "stage")] == [2, 1, 3, 2, "input", 0]
         regions = [weight for (source, v), weight in weights(parts).items() if v == "act1:0" and "input" in source]
         if estimator == "gradient":
             assert math.fsum(regions) == pytest.approx(whole["input", "act1:0"], abs=1e-12)

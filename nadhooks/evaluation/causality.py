@@ -64,7 +64,8 @@ class Verification:
 
     edges: each edge's weight beside the effect on its target when its source is closed and all other sites are held.
     paths: the same beside the change of the logit when only the target sees that its source is closed (path patching).
-    units: the sum of a unit's edges beside the change of the logit when it is closed and everything behind follows.
+    units: the sum of a unit's edges (its outflow) beside the change of the logit when it is closed and everything
+        behind follows.
     sites: the same for all shown units of a site at once. removal: the strongest units against random ones.
     """
 
@@ -120,7 +121,7 @@ def verify(
     edges = [key for key in totals if key[0] == "edge"]
     paths = [key for key in totals if key[0] == "path"]
     single = [key for key in totals if key[0] == "unit"]
-    out = {node: sum(data["weight"] for *_, data in graph.out_edges(node, data=True)) for node in graph}
+    out = nx.get_node_attributes(graph, "outflow")
     whole = {
         key[1]: (sum(out[node] for node in _sources(graph)[key[1]]), totals[key]) for key in totals if key[0] == "site"
     }
