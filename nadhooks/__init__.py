@@ -9,7 +9,7 @@ from ._version import __version__
 from .errors import NadhooksError
 from .evaluation import verify
 from .flow import flow_graph
-from .formats import render
+from .formats import read_graph, render
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "methods",
     "objectives",
+    "read_graph",
     "render",
     "sites",
     "unit_flow",

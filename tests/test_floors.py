@@ -7,9 +7,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
 FLOORS = [
-    {"errors", "_version", "nesting", "functional", "joins", "formats.writing"},
+    {"errors", "_version", "nesting", "functional", "joins", "formats.writing", "formats.plain"},
     {"tasks", "tracing", "zoo", "objectives", "formats.mask_file", "data"},
-    {"structure", "methods"},
+    {"formats.graphml", "formats.gexf", "formats.node_link", "formats.mermaid", "formats.table"},
+    {"structure", "methods", "formats.data"},
     {"sites"},
     {"hooking", "gating", "masks", "sampling"},
     {"wiring"},

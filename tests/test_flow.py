@@ -208,7 +208,7 @@ def test_the_same_graph_gives_the_same_text_in_any_process() -> None:
 
 def test_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     graph = nadhooks.flow_graph(THREE)
-    with pytest.raises(RenderError, match=r"ends in .svg, .png, .pdf, .dot, .gv, got '.jpg'"):
+    with pytest.raises(RenderError, match=r"ends in .svg, .png, .pdf, .dot, .gv, .json, .*, got '.jpg'"):
         nadhooks.render(graph, tmp_path / "flow.jpg")
     with pytest.raises(RenderError, match="got 'no suffix'"):
         nadhooks.render(graph, tmp_path / "flow")

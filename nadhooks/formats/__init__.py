@@ -11,6 +11,8 @@ from pathlib import Path
 import networkx as nx
 
 from ..errors import RenderError
+from .data import DATA_WRITERS
+from .data import read_graph as read_graph
 from .dot import to_dot
 from .writing import write_bytes
 
@@ -22,6 +24,8 @@ INSTALL = "pip install 'nadhooks[dot]' (SVG and PNG), or install Graphviz so tha
 def render(graph: nx.DiGraph, path: str | PathLike[str]) -> None:
     """Draws a graph made by `flow_graph` into a file; the suffix chooses the format: .svg, .png, .pdf, .dot or .gv.
 
+    For other programs, of graphs by `unit_flow` too: .json (node-link), .graphml, .gexf (Gephi), .mmd (Mermaid), .csv.
+
     Raises RenderError for another suffix, where Graphviz is missing, and where the file cannot be written, in which
     case an older file of that name stays as it was.
     """
@@ -30,15 +34,14 @@ def render(graph: nx.DiGraph, path: str | PathLike[str]) -> None:
     except TypeError as error:
         raise RenderError(f"expected a path, got {path!r}") from error
     suffix = path.suffix.lower()
-    if suffix not in TEXT + PICTURES:
-        raise RenderError(
-            f"{path}: expected a name that ends in {', '.join(PICTURES + TEXT)}, got {suffix or 'no suffix'!r}"
-        )
+    known = PICTURES + TEXT + tuple(DATA_WRITERS)
+    if suffix not in known:
+        raise RenderError(f"{path}: expected a name that ends in {', '.join(known)}, got {suffix or 'no suffix'!r}")
     try:
-        text = to_dot(graph)
+        text = DATA_WRITERS.get(suffix, to_dot)(graph)
     except (KeyError, AttributeError, TypeError) as error:
         raise RenderError(f"expected a graph made by nadhooks.flow_graph, got {graph!r} ({error})") from error
-    data = text.encode() if suffix in TEXT else draw(text, suffix[1:])
+    data = draw(text, suffix[1:]) if suffix in PICTURES else text.encode()
     try:
         write_bytes(path, data)
     except OSError as error:
