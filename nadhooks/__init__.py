@@ -4,7 +4,7 @@
 was learnt, `flow_graph` and `render` show it.
 """
 
-from . import methods, objectives, sites
+from . import analysis, methods, objectives, sites
 from ._version import __version__
 from .errors import NadhooksError
 from .evaluation import verify
@@ -22,6 +22,7 @@ __all__ = [
     "NadhooksError",
     "Site",
     "__version__",
+    "analysis",
     "attach",
     "flow_graph",
     "learn",

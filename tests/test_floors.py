@@ -14,7 +14,7 @@ FLOORS = [
     {"sites"},
     {"hooking", "gating", "masks", "sampling"},
     {"wiring"},
-    {"gates", "flow", "formats.dot", "segments"},
+    {"gates", "flow", "formats.dot", "segments", "analysis"},
     {"learning", "formats"},
     {"evaluation.recognition", "effects"},
     {"units", "evaluation.causality"},
