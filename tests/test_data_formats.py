@@ -107,7 +107,7 @@ def test_mermaid_shows_signs_joins_and_odd_names() -> None:
     graph = planted()
     u, v = next(iter(graph.edges))
     graph.edges[u, v]["weight"] = -30.0
-    assert "linkStyle 0 stroke:#d55e00,stroke-width:6.0px" in to_mermaid(graph)
+    assert "linkStyle 0 stroke:#0072b2,stroke-width:6.0px" in to_mermaid(graph)
     assert 'n1["a#60;b#62;#38;#34;c:d<br/>1 / 2"]' in to_mermaid(odd())
     joined = nx.DiGraph()
     joined.add_node("sum 1", kind="join", join="sum")

@@ -17,7 +17,7 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"  # Okabe and Ito's, safe fo
 def to_mermaid(graph: nx.DiGraph) -> str:
     """Mermaid text: a box for each site with kept and all units, or a frame for each site with its units in it.
 
-    Edges are as wide as their share, or their |weight|, blue for what adds to the logit and orange for what takes away.
+    Edges are as wide as their share, or their |weight|, orange for what adds to the logit and blue for what takes away.
     Raises RenderError for more than 500 edges, which Mermaid does not draw.
     """
     if graph.number_of_edges() > MOST:
@@ -38,7 +38,7 @@ def to_mermaid(graph: nx.DiGraph) -> str:
     strongest = max((abs(_strength(data)) for *_, data in graph.edges(data=True)), default=0.0) or 1.0
     for number, (*_, data) in enumerate(graph.edges(data=True)):
         width = THINNEST + (WIDEST - THINNEST) * abs(_strength(data)) / strongest
-        colour = GREY if "weight" not in data else BLUE if data["weight"] >= 0 else ORANGE
+        colour = GREY if "weight" not in data else ORANGE if data["weight"] >= 0 else BLUE
         lines.append(f"  linkStyle {number} stroke:{colour},stroke-width:{width:.1f}px")
     return "\n".join(lines) + "\n"
 
