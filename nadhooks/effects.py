@@ -227,7 +227,7 @@ def measure(
 
 
 def estimator_of(wiring: nx.DiGraph, edge: Edge, estimator: Estimator | None) -> Estimator:
-    """The one asked for, or by what lies between: midpoint for products of flows, and where no gradient passes."""
+    """The one asked for; None decides by what lies between: midpoint for products, and where no gradient passes."""
     if estimator is not None:
         return estimator
     data = wiring.edges[edge]

@@ -70,8 +70,9 @@ def test_edges_are_measured_as_closing_by_hand_does() -> None:
     def logit(z: torch.Tensor) -> torch.Tensor:
         return model.join(model.left(z).relu() + model.right(z).relu() + z)[:, 0].detach().mean()
 
-    assert float(logit(stem) - logit(closed)) == pytest.approx(found.units.measured[1], abs=1e-12)
-    assert len(found.units.said) == 4
+    assert float(logit(stem) - logit(closed)) == pytest.approx(found.units.measured[0], abs=1e-12)
+    assert len(found.units.said) == 3
+    assert len(found.regions.said) == 1
 
 
 def test_pooled_graphs_are_compared_by_activations() -> None:

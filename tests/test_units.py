@@ -185,11 +185,15 @@ class Gated(nn.Module):
         return self.out(x * self.gate(x).sigmoid())
 
 
-def test_products_take_the_midpoint_by_default_and_say_what_closing_does() -> None:
+def test_products_take_the_midpoint_and_say_what_closing_does() -> None:
     model, x = seeded(Gated), vectors()
     masks = masks_of(model, ["stem"], x)
-    graph = nadhooks.unit_flow(model, masks, 0, x, **EVERYTHING)
+    graph = nadhooks.unit_flow(model, masks, 0, x, estimator=None, **EVERYTHING)
     assert graph.graph["estimator"] == "midpoint"
+    by_default = weights(nadhooks.unit_flow(model, masks, 0, x, **EVERYTHING))
+    assert by_default == pytest.approx(weights(graph), abs=1e-12)
+    line = nadhooks.unit_flow(seeded(Line), masks_of(seeded(Line), ["act1"], images()), 0, images(), estimator=None)
+    assert line.graph["estimator"] == "gradient"
     with nadhooks.attach(model, ["stem"], example=x) as gates, torch.no_grad():
         for unit in range(5):
             before = model(x)[:, 0].mean()

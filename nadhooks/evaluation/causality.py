@@ -65,13 +65,14 @@ class Verification:
     edges: each edge's weight beside the effect on its target when its source is closed and all other sites are held.
     paths: the same beside the change of the logit when only the target sees that its source is closed (path patching).
     units: the sum of a unit's edges (its outflow) beside the change of the logit when it is closed and everything
-        behind follows.
+        behind follows. regions: the same for regions of the input.
     sites: the same for all shown units of a site at once. removal: the strongest units against random ones.
     """
 
     edges: Agreement
     paths: Agreement
     units: Agreement
+    regions: Agreement
     sites: Mapping[str, tuple[float, float]]
     removal: Removal
 
@@ -120,7 +121,8 @@ def verify(
     weights = nx.get_edge_attributes(graph, "weight")
     edges = [key for key in totals if key[0] == "edge"]
     paths = [key for key in totals if key[0] == "path"]
-    single = [key for key in totals if key[0] == "unit"]
+    regions = [key for key in totals if key[0] == "unit" and graph.nodes[key[1]]["kind"] == INPUT]
+    single = [key for key in totals if key[0] == "unit" and key not in regions]
     out = nx.get_node_attributes(graph, "outflow")
     whole = {
         key[1]: (sum(out[node] for node in _sources(graph)[key[1]]), totals[key]) for key in totals if key[0] == "site"
@@ -129,6 +131,7 @@ def verify(
         Agreement.of([weights[key[1:]] for key in edges], [totals[key] for key in edges]),
         Agreement.of([weights[key[1:]] for key in paths], [totals[key] for key in paths]),
         Agreement.of([out[key[1]] for key in single], [totals[key] for key in single]),
+        Agreement.of([out[key[1]] for key in regions], [totals[key] for key in regions]),
         whole,
         removal,
     )

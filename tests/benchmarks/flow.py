@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--reference", choices=["zero", "mean"], help="by default the masks' own, mean")
-    parser.add_argument("--estimator", choices=["gradient", "midpoint"], help="by default by what lies between")
+    parser.add_argument("--estimator", choices=["gradient", "midpoint"], default="midpoint")
     parser.add_argument("--units", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
