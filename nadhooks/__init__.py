@@ -4,12 +4,14 @@
 was learnt, `flow_graph` and `render` show it.
 """
 
-from . import methods, objectives, sites
+from . import analysis, methods, objectives, sites
 from ._version import __version__
 from .collapsing import collapse
 from .errors import NadhooksError
+from .evaluation import verify
 from .flow import flow_graph
 from .folding import sub_architecture
+from .formats import read_graph
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
@@ -17,6 +19,7 @@ from .rendering import contact_sheet, render
 from .seeing import what_units_see
 from .shrinking import shrink
 from .sites import Site
+from .units import unit_flow
 
 __all__ = [
     "Gates",
@@ -24,6 +27,7 @@ __all__ = [
     "NadhooksError",
     "Site",
     "__version__",
+    "analysis",
     "attach",
     "collapse",
     "contact_sheet",
@@ -32,9 +36,12 @@ __all__ = [
     "load",
     "methods",
     "objectives",
+    "read_graph",
     "render",
     "shrink",
     "sites",
     "sub_architecture",
+    "unit_flow",
+    "verify",
     "what_units_see",
 ]

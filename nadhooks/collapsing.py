@@ -56,7 +56,7 @@ def _of_sites(graph: nx.DiGraph, most: int) -> nx.DiGraph:
     if len(groups) > most:
         place = {name: min(most - 1, i * most // len(sites)) for i, name in enumerate(_ordered(graph, sites))}
         groups = _merged(graph, sites, lambda name: place[name])
-    small = nx.DiGraph(**graph.graph)
+    small = graph.__class__(**graph.graph)
     home = {member: name for name, members in groups.items() for member in members}
     for name in graph:
         group = home.get(name, name)
@@ -137,7 +137,7 @@ def _staged(graph: nx.DiGraph) -> nx.DiGraph:
 def _of_units(graph: nx.DiGraph) -> nx.DiGraph:
     facts = {key: value for key, value in graph.graph.items() if key not in ("level", "sites", "paths")}
     flow = "flow: sum of |effect|, as a part of the largest"
-    small = nx.DiGraph(**facts, flow=flow, counted="shown")
+    small = graph.__class__(**facts, flow=flow, counted="shown")
     small.add_node("input", kind="input", units=0, kept=0, share=1.0)
     shown: dict[str, list[int]] = {name: [] for name in graph.graph["sites"]}
     for _, data in graph.nodes(data=True):

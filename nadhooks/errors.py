@@ -31,3 +31,7 @@ class MaskFileError(NadhooksError):
 
 class RenderError(NadhooksError):
     """A picture or file that cannot be made or written."""
+
+
+class GraphFileError(NadhooksError):
+    """A file that is not a flow graph that this version can read."""

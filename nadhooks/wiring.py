@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import ModelError
 from .hooking import on_site
+from .joins import Joined, joined
 from .nesting import leaves_of
 from .sites import Site
 from .tracing import call_model, undisturbed
@@ -32,6 +33,7 @@ CHOICES = ("IndexBackward", "IndexSelect", "Topk", "Gather", "Sort", "MaskedSele
 FLAT = 1e-3  # parameters that are nowhere larger hide the flow: zero-initialised branches, layer scales
 
 Edges = dict[tuple[str, str], str]  # (source, target) -> how it was found
+Joins = dict[tuple[str, str], Joined]
 
 
 def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
@@ -39,12 +41,13 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
 
     An edge u -> v says that what v puts out was computed from what u put out with no other site between them; sites
     of modules that are called again stand where they fire first, and what feeds a later call feeds what follows it.
-    Edges carry `found`: "autograd", or "perturbation" where only that sees them; "assumed" where they lead from a last
-    site to the output because nothing else does, as in a detector that finds nothing in the example. On the meta device
-    there are no values to perturb, and the autograd graph is believed.
+    Edges carry `join`, the most telling join of flows on the way (`nadhooks.joins`), and `arrives`, the last one before
+    the target; and `found`: "autograd", or "perturbation" where only that sees them; "assumed" where they lead from a
+    last site to the output because nothing else does, as in a detector that finds nothing in the example. On the meta
+    device there are no values to perturb, and the autograd graph is believed.
     """
     with flowing(model):
-        edges, doubtful = _by_autograd(model, sites, example)
+        edges, doubtful, joins = _by_autograd(model, sites, example)
         if not _on_meta(model):
             sources = {source for source, _ in doubtful}
             fed, feeding = {target for _, target in edges}, {source for source, _ in edges}
@@ -59,7 +62,7 @@ def wire(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
     if not any(target == OUTPUT for _, target in edges):  # a detector that detects nothing in the example
         feeding = {source for source, _ in edges}
         edges.update({(site.name, OUTPUT): "assumed" for site in sites if site.name not in feeding})
-    return _graph(sites, edges)
+    return _graph(sites, edges, joins)
 
 
 def perturb(model: nn.Module, sites: Sequence[Site], example: Any) -> nx.DiGraph:
@@ -98,8 +101,8 @@ def flowing(model: nn.Module) -> Iterator[None]:
 # --- by autograd -----------------------------------------------------------------------------------------------------
 
 
-def _by_autograd(model: nn.Module, sites: Sequence[Site], example: Any) -> tuple[Edges, set[tuple[str, str]]]:
-    """Edges, and those among them that a second look should confirm.
+def _by_autograd(model: nn.Module, sites: Sequence[Site], example: Any) -> tuple[Edges, set[tuple[str, str]], Joins]:
+    """Edges, those among them that a second look should confirm, and how their flows join.
 
     The graph is cut at every site, so that a walk back from what enters one ends at those that feed it. Where slices
     lie on the way from several, an edge without any gradient is in doubt.
@@ -129,13 +132,16 @@ def _by_autograd(model: nn.Module, sites: Sequence[Site], example: Any) -> tuple
     ends += [(OUTPUT, leaf) for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)]
     edges: Edges = {}
     doubtful: set[tuple[str, str]] = set()
+    joins: Joins = {}
+    numbers, names = {key: number for number, key in enumerate(entries)}, [name for name, _ in entries.values()]
     for target, tensor in ends:
         leaves, sliced = _leaves_behind(tensor.grad_fn, entries)
         sources = {name for name, _ in leaves}
         edges.update({(source, target): "autograd" for source in sources})
+        joins.update({(names[number], target): how for number, how in joined(tensor.grad_fn, numbers).items()})
         if sliced and len(sources) > 1 and not tensor.is_meta:
             doubtful.update((source, target) for source in sources - _with_gradient(tensor, leaves))
-    return edges, doubtful
+    return edges, doubtful, joins
 
 
 def _leaves_behind(start: Any, entries: dict[int, tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], bool]:
@@ -241,7 +247,7 @@ def _on_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _graph(sites: Sequence[Site], edges: Edges) -> nx.DiGraph:
+def _graph(sites: Sequence[Site], edges: Edges, joins: Joins | None = None) -> nx.DiGraph:
     rank = {INPUT: -1, OUTPUT: len(sites)} | {site.name: index for index, site in enumerate(sites)}
     feeds: dict[str, list[str]] = defaultdict(list)
     for source, target in sorted(edges, key=lambda edge: (rank[edge[1]], rank[edge[0]])):
@@ -250,12 +256,15 @@ def _graph(sites: Sequence[Site], edges: Edges) -> nx.DiGraph:
     graph.add_nodes_from([INPUT, *(site.name for site in sites), OUTPUT])
     for source in graph:
         # a site that feeds a later call of an earlier one would close a circle: it feeds what that call feeds instead
-        waiting, seen = [(target, edges[source, target]) for target in feeds[source]], {source}
+        waiting, seen = [(source, target) for target in feeds[source]], {source}
         while waiting:
-            target, found = waiting.pop(0)
+            edge = waiting.pop(0)
+            target = edge[1]
             if rank[target] > rank[source]:
-                graph.add_edge(source, target, found=found)
+                how = (joins or {}).get(edge)
+                known = {} if how is None else {"join": how.join, "arrives": how.arrives}
+                graph.add_edge(source, target, found=edges[edge], **known)
             elif target not in seen:
                 seen.add(target)
-                waiting += [(other, edges[target, other]) for other in feeds[target]]
+                waiting += [(target, other) for other in feeds[target]]
     return nx.freeze(graph)

@@ -71,6 +71,19 @@ def test_inspect_graph_and_render(mask_file: Path, tmp_path: Path, capsys: pytes
     assert Path("three.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_several_tasks_are_combined_for_people_and_programs(mask_file: Path) -> None:
+    path, masks = str(mask_file), nadhooks.load(mask_file)
+    assert run("graph", path, "--task", "3", "5", "--combine", "difference", "--joins", "-o", "g.graphml") == 0
+    graph = nadhooks.read_graph("g.graphml")
+    only = masks.kept_units("layer1.0")[0] & ~masks.kept_units("layer1.0")[1]
+    assert graph.nodes["layer1.0"]["kept"] == int(only.sum())
+    assert any(data["kind"] == "join" for _, data in graph.nodes(data=True))
+    assert run("render", path, "--task", "3", "5", "--width", "single", "--collapse", "-o", "two.pdf") == 0
+    assert Path("two.pdf").read_bytes().startswith(b"%PDF")
+    assert run("render", path, "-o", "page.html") == 0
+    assert "layer1.0" in Path("page.html").read_text()
+
+
 def test_sites_lists_units_wiring_and_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sites", "torchvision:vit_b_16", "--sites", "channels") == 0
     shown = capsys.readouterr().out

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -16,7 +17,7 @@ from nadhooks.errors import RenderError, TaskError
 from nadhooks.formats.dot import to_dot
 from nadhooks.masks import Masks
 
-from .test_masks import THREE
+from .test_masks import THREE, masks
 
 
 def test_flow_graphs_say_what_a_task_keeps() -> None:
@@ -24,7 +25,9 @@ def test_flow_graphs_say_what_a_task_keeps() -> None:
     assert list(graph) == ["input", "a", "b@input", "output"]
     assert graph.nodes["a"] == {
         "kind": "site", "stage": 1, "module": "a", "units": 4, "kept": 2, "share": 0.5, "use": [1, 1, 0, 0],
+        "sharing": [1, 1, 0, 0], "kept_units": {"t0": [0, 1]}, "join": "sequential",
     }  # fmt: skip
+    assert graph.graph == {"level": "site", "tasks": ["t0"], "combine": "union", "model": ""}
     assert graph.nodes["b@input"]["kept"] == 1
     assert [graph.nodes[node]["stage"] for node in graph] == [0, 1, 2, 3]
     assert graph.edges["a", "b@input"]["share"] == 0.5
@@ -36,6 +39,86 @@ def test_all_tasks_over_each_other() -> None:
     graph = nadhooks.flow_graph(THREE)
     assert graph.nodes["a"]["kept"] == 3
     assert graph.nodes["a"]["use"] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_several_tasks_are_united_intersected_and_subtracted() -> None:
+    def kept(*tasks: str, combine: Any) -> list[float]:
+        return nadhooks.flow_graph(THREE, list(tasks), combine=combine).nodes["a"]["use"]
+
+    assert kept("t0", "t1", combine="union") == [1, 0.5, 0.5, 0]
+    assert kept("t0", "t1", combine="intersection") == [1, 0, 0, 0]
+    assert kept("t0", "t1", combine="difference") == [0, 1, 0, 0]
+    assert kept("t1", "t0", combine="difference") == [0, 0, 1, 0]
+    assert kept("t0", "t1", "t2", combine="intersection") == [0, 0, 0, 0]
+    assert kept("t0", combine="difference") == [1, 1, 0, 0]
+    graph = nadhooks.flow_graph(THREE, ["t1", "t0"], combine="difference")
+    assert graph.nodes["a"]["kept"] == 1
+    assert graph.nodes["a"]["sharing"] == [2, 1, 1, 0]
+    assert graph.nodes["a"]["kept_units"] == {"t1": [0, 2], "t0": [0, 1]}
+    assert graph.graph["tasks"] == ["t1", "t0"]
+    with pytest.raises(nadhooks.NadhooksError, match="combine: expected 'union'"):
+        nadhooks.flow_graph(THREE, combine="sum")  # type: ignore[arg-type]
+
+
+def test_graphs_of_many_tasks_do_not_list_every_unit_of_each() -> None:
+    many = masks([[1, 0, 0, 1]] * 33, [[1, 0]] * 33)
+    assert "kept_units" not in nadhooks.flow_graph(many).nodes["a"]
+    assert "kept_units" in nadhooks.flow_graph(many, list(range(32))).nodes["a"]
+    assert nadhooks.flow_graph(many).nodes["a"]["sharing"] == [33, 0, 0, 33]
+
+
+def joined(wiring: nx.DiGraph) -> Masks:
+    sites = tuple(nadhooks.Site(name, 1, 2, name) for name in wiring if name not in ("input", "output"))
+    values = {site.name: THREE["b@input"][:1] for site in sites}
+    return Masks(sites, values, nadhooks.tasks.Tasks.of(1), wiring)
+
+
+def test_joins_stand_before_what_they_feed_and_are_shared() -> None:
+    wiring = nx.DiGraph()
+    wiring.add_nodes_from(["input", "a", "b", "c", "d", "output"])
+    plain = {"join": "sequential", "arrives": "sequential", "found": "autograd"}
+    summed = {"join": "sum", "arrives": "sum", "found": "autograd"}
+    gated = {"join": "product", "arrives": "sum", "found": "autograd"}
+    wiring.add_edge("input", "a", **plain)
+    wiring.add_edge("a", "b", **plain)
+    wiring.add_edges_from([("a", "c", summed), ("b", "c", gated), ("a", "d", summed), ("b", "d", summed)])
+    wiring.add_edges_from([(node, "output", summed) for node in ("a", "b", "c")])
+    wiring.add_edge("d", "output", **{**summed, "arrives": "sum"})
+    graph = nadhooks.flow_graph(joined(wiring), joins=True)
+    assert set(graph.edges) == {
+        ("input", "a"), ("a", "b"), ("a", "sum 1"), ("b", "sum 1"), ("sum 1", "c"), ("sum 1", "d"),
+        ("sum 1", "sum 2"), ("c", "sum 2"), ("d", "sum 2"), ("sum 2", "output"),
+    }  # fmt: skip
+    assert graph.edges["b", "sum 1"]["join"] == "product"
+    assert graph.nodes["sum 1"] == {
+        "kind": "join", "join": "sum", "units": 0, "kept": 0, "share": 0.5, "stage": 3,
+    }  # fmt: skip
+    assert graph.edges["sum 1", "c"] == {"found": "join", "join": "sum", "share": 0.5}
+    assert [graph.nodes[node]["stage"] for node in ("a", "b", "sum 1", "c", "sum 2", "output")] == [1, 2, 3, 4, 5, 6]
+    without = nadhooks.flow_graph(joined(wiring))
+    assert list(without) == ["input", "a", "b", "c", "d", "output"]
+    assert without.nodes["c"]["join"] == "sum"
+    assert without.edges["b", "c"] == {"found": "autograd", "join": "product", "share": 0.5}
+
+
+def test_joins_keep_residual_graphs_linear() -> None:
+    for number in (20, 100):
+        names = [f"b{index}" for index in range(number)]
+        wiring = nx.DiGraph()
+        wiring.add_nodes_from(["input", *names, "output"])
+        wiring.add_edge("input", "b0")
+        for index in range(1, number + 1):
+            target = "output" if index == number else names[index]
+            wiring.add_edges_from([(source, target, {"join": "sum", "arrives": "sum"}) for source in names[:index]])
+        assert nadhooks.flow_graph(joined(wiring)).number_of_edges() > number * number / 2
+        assert nadhooks.flow_graph(joined(wiring), joins=True).number_of_edges() <= 3 * number
+
+
+def test_wiring_from_before_joins_were_known_still_makes_graphs() -> None:
+    wiring = nx.DiGraph([("input", "a"), ("input", "b"), ("a", "c"), ("b", "c"), ("c", "output")])
+    graph = nadhooks.flow_graph(joined(wiring), joins=True)
+    assert set(graph.edges) == set(wiring.edges)
+    assert {data["join"] for *_, data in graph.edges(data=True)} == {"sequential"}
 
 
 def test_a_task_that_keeps_nothing_still_has_a_graph() -> None:
@@ -114,7 +197,7 @@ def test_the_same_graph_gives_the_same_text_in_any_process() -> None:
 
 def test_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     graph = nadhooks.flow_graph(THREE)
-    with pytest.raises(RenderError, match=r"ends in .svg, .png, .pdf, .html, .tex, .dot, .gv, got '.jpg'"):
+    with pytest.raises(RenderError, match=r"ends in .svg, .png, .pdf, .html, .tex, .dot, .gv, .json, .*, got '.jpg'"):
         nadhooks.render(graph, tmp_path / "flow.jpg")
     with pytest.raises(RenderError, match="got 'no suffix'"):
         nadhooks.render(graph, tmp_path / "flow")

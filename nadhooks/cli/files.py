@@ -10,10 +10,11 @@ from typing import Any
 import networkx as nx
 import torch
 
+from ..collapsing import collapse
 from ..errors import TaskError
 from ..flow import flow_graph
-from ..formats import PICTURES, TEXT, hub
-from ..formats.writing import write_bytes
+from ..formats import PICTURES, TEXT, WIDTHS, hub
+from ..formats.data import DATA_WRITERS
 from ..masks import Masks, load, merge
 from ..rendering import render
 from .models import HEADINGS, Command, check_writable
@@ -24,13 +25,14 @@ TASKS_SHOWN = 20
 
 def add_commands(command: Command) -> None:
     sub = command("graph", _graph, "build the information-flow graph of a mask file and show it as a table")
-    sub.add_argument("masks", help="mask file")
-    sub.add_argument("--task", help="name or label of one task (default: all over each other)")
-    sub.add_argument("-o", "--out", type=Path, help="also write it as networkx node-link JSON")
+    _choosing(sub)
+    formats = ", ".join(DATA_WRITERS)
+    sub.add_argument("-o", "--out", type=Path, help=f"also write it for other programs: {formats}")
 
     sub = command("render", _render, "draw the information-flow graph of a mask file")
-    sub.add_argument("masks", help="mask file")
-    sub.add_argument("--task", help="name or label of one task (default: all over each other)")
+    _choosing(sub)
+    sub.add_argument("--width", choices=list(WIDTHS), default="double", help="of a paper's column (default: double)")
+    sub.add_argument("--collapse", action="store_true", help="sites whose names begin alike as one, for large networks")
     sub.add_argument(
         "-o", "--out", type=Path, default=Path("flow.svg"), help=f"{', '.join(PICTURES + TEXT)} (default: %(default)s)"
     )
@@ -70,6 +72,20 @@ def add_commands(command: Command) -> None:
     sub.add_argument("--no-card", action="store_true", help="leave the README and the pictures there as they are")
 
 
+def _choosing(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("masks", help="mask file")
+    sub.add_argument(
+        "--task", nargs="+", metavar="TASK", help="names or labels of tasks (default: all over each other)"
+    )
+    sub.add_argument(
+        "--combine",
+        choices=["union", "intersection", "difference"],
+        default="union",
+        help="of several tasks: units that one keeps, that all keep, that the first alone keeps (default: union)",
+    )
+    sub.add_argument("--joins", action="store_true", help="joins (sums, concatenations, …) as nodes of their own")
+
+
 def _graph(options: argparse.Namespace) -> None:
     if options.out:
         check_writable(options.out)
@@ -80,12 +96,17 @@ def _graph(options: argparse.Namespace) -> None:
         shown.add_row(name, str(data["stage"]), *figures, few(graph.successors(name)))
     out.print(shown)
     if options.out:
-        write_bytes(options.out, json.dumps(nx.node_link_data(graph, edges="edges"), indent=1).encode())
+        render(graph, options.out)
         say(f"written to {options.out}")
 
 
 def _render(options: argparse.Namespace) -> None:
-    render(_flow(options), options.out)
+    whole = options.task is None and options.combine == "union" and not options.joins and not options.collapse
+    if whole:
+        render(load(options.masks), options.out, width=options.width)  # a page holds every task alone, too
+    else:
+        graph = collapse(_flow(options)) if options.collapse else _flow(options)
+        render(graph, options.out, width=options.width)
     say(f"written to {options.out}")
 
 
@@ -217,7 +238,8 @@ def _say_more(tasks: int, rows: int) -> None:
 
 def _flow(options: argparse.Namespace) -> nx.DiGraph:
     masks = load(options.masks)
-    return flow_graph(masks, None if options.task is None else _task(masks, options.task))
+    tasks = None if options.task is None else [_task(masks, task) for task in options.task]
+    return flow_graph(masks, tasks, combine=options.combine, joins=options.joins)
 
 
 def _task(masks: Masks, text: str) -> str | int:

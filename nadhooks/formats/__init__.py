@@ -10,6 +10,8 @@ import networkx as nx
 
 from ..errors import RenderError
 from .contact_sheet import contact_scene as contact_scene
+from .data import DATA_WRITERS
+from .data import read_graph as read_graph
 from .dot import to_dot
 from .drawing import draw
 from .html import Kept, to_html
@@ -45,6 +47,10 @@ def _drawn(format: str) -> Writer:
     return lambda graph, width: draw(scene(graph, width), format)
 
 
+def _written(write: Callable[[nx.DiGraph], str]) -> Writer:
+    return lambda graph, _: write(graph).encode()
+
+
 PICTURE_WRITERS: dict[str, Writer] = {f".{format}": _drawn(format) for format in ("svg", "png", "pdf")}
 TEXT_WRITERS: dict[str, Writer] = {
     ".html": lambda graph, _: to_html(graph).encode(),
@@ -52,6 +58,7 @@ TEXT_WRITERS: dict[str, Writer] = {
     ".dot": lambda graph, _: to_dot(graph).encode(),
     ".gv": lambda graph, _: to_dot(graph).encode(),
 }
+TEXT_WRITERS |= {suffix: _written(write) for suffix, write in DATA_WRITERS.items()}
 WRITERS = PICTURE_WRITERS | TEXT_WRITERS
 PICTURES, TEXT = tuple(PICTURE_WRITERS), tuple(TEXT_WRITERS)
 
@@ -63,6 +70,8 @@ def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "doub
     inches), "double" (7.16 inches) or a number of points (1/72 inch). .html is a page to move about in, which needs no
     network; it can switch between and combine the tasks in `kept_units`, or in kept: {site: (tasks, units) bool}. .dot
     and .gv are Graphviz's text. The same graph gives the same bytes.
+
+    For other programs: .json (node-link), .graphml, .gexf (Gephi), .mmd (Mermaid), .csv.
 
     Raises RenderError for another suffix, for a graph that is too large to be read at that width (nadhooks.collapse
     makes it smaller), and where the file cannot be written, in which case an older file of that name stays as it was.
