@@ -20,6 +20,7 @@ import pytest
 import nadhooks
 from nadhooks.errors import RenderError
 from nadhooks.formats import WRITERS, scene
+from nadhooks.formats.html import to_html
 from nadhooks.formats.scene import BLUE, BOTH, FAINT, INK, ORANGE, SHADES, Cells, Disc, Scene, Stroke, Text, text_width
 from nadhooks.formats.site_layout import DOUBLE, lay_out
 from nadhooks.formats.site_scene import JOINS
@@ -321,6 +322,17 @@ def test_of_many_edges_the_strongest_are_drawn_and_the_legend_says_so() -> None:
     left = sorted((abs(data["weight"]) for *_, data in graph.edges(data=True)), reverse=True)[400:]
     assert min(map(abs, drawn)) >= float(f"{left[0]:.4g}")
     assert any(text.startswith(f"the 400 strongest of {graph.number_of_edges()} edges, ") for text in words(picture))
+
+
+def test_a_part_of_a_graph_has_the_strips_of_its_own_sites() -> None:
+    graph = unit_graph(5)
+    pair = graph.subgraph([name for name, data in graph.nodes(data=True) if data.get("site") in ("layer.2", "layer.3")])
+    picture = scene(pair, "single")
+    strips = [shape.about for shape in picture.shapes if isinstance(shape, Cells) and shape.fill == FAINT]
+    assert strips == ["layer.2", "layer.3"]
+    edges = [shape for shape in picture.shapes if isinstance(shape, Stroke) and "→" in shape.about]
+    assert len(edges) == pair.number_of_edges() == 3 * 3 + 2
+    assert to_html(pair)
 
 
 def test_regions_of_the_image_are_a_grid_coloured_by_what_leaves_them() -> None:

@@ -31,7 +31,7 @@ from .scene import (
 )  # fmt: skip
 from .site_layout import MARGIN, lay_out
 from .site_scene import JOINS, SitePainter
-from .unit_scene import ENDS, Strips
+from .unit_scene import ENDS, Strips, columns_of
 from .words import headline, short_model, subtitle
 
 Kept = Mapping[str, np.ndarray]
@@ -138,7 +138,7 @@ def _sites(graph: nx.DiGraph) -> dict[str, Any]:
 
 
 def _units(graph: nx.DiGraph) -> dict[str, Any]:
-    columns = len({data["stage"] for data in graph.graph["sites"].values()})
+    columns = len(columns_of(graph))
     shown = max((data.get("shown", 0) for data in graph.graph["sites"].values()), default=0)
     tall = max(300.0, min(1600.0, 4.0 * shown))
     strips = Strips(graph, 2 * MARGIN + 2 * ENDS + PITCH * columns, tall)

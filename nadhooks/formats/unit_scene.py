@@ -53,10 +53,12 @@ def unit_scene(graph: nx.DiGraph, width: float) -> Scene:
 
 
 def columns_of(graph: nx.DiGraph) -> list[list[str]]:
-    """Sites by stage, in firing order."""
+    """Sites by stage, in firing order; of a part of a graph, those that it has nodes of."""
+    present = {data.get("site") for _, data in graph.nodes(data=True)}
     stages: dict[int, list[str]] = {}
     for name, data in graph.graph["sites"].items():
-        stages.setdefault(data["stage"], []).append(name)
+        if name in present:
+            stages.setdefault(data["stage"], []).append(name)
     return [stages[stage] for stage in sorted(stages)]
 
 

@@ -400,7 +400,7 @@ function show(key) { // brings it into view
   if (left < 20 || top < 20 || left > width - 20 || top > height - 20) d3.select(svg).call(zoom.translateTo, x + w / 2, y + h / 2);
 }
 const order = graph.nodes.map((node) => node.id).filter((id) => unitLevel || nodes.get(id).kind !== "join");
-const sitesInOrder = unitLevel ? Object.keys(graph.graph.sites) : order;
+const sitesInOrder = unitLevel ? Object.keys(graph.graph.sites).filter((site) => site in data.strips) : order;
 const unitsOf = (site) => (unitLevel ? order.filter((id) => nodes.get(id).site === site && nodes.get(id).kind === "unit").sort((a, b) => nodes.get(a).unit - nodes.get(b).unit) : null);
 function step(direction, inside) {
   const key = state.chosen[state.chosen.length - 1] ?? null;
