@@ -140,7 +140,9 @@ def setting(
     device = next((p.device for p in model.parameters()), images.device)
     images = images.to(device)
     with attach(model, masks.sites, example=images[:1]) as attached:
-        sites, wiring = {site.name: site for site in attached.sites}, attached.wiring
+        sites = {site.name: site for site in attached.sites}
+        wiring = nx.DiGraph(attached.wiring)  # with joins, and with what the masks know that one image does not show
+        wiring.add_edges_from(edge for edge in masks.wiring.edges(data=True) if not wiring.has_edge(*edge[:2]))
     means = {name: mean.to(device) for name, mean in chosen.means.items()}
     gates = {name: (chosen[name].to(device), means[name] if chosen.closed == "mean" else None) for name in sites}
     with frozen(model), torch.inference_mode(False):
@@ -231,7 +233,7 @@ def estimator_of(wiring: nx.DiGraph, edge: Edge, estimator: Estimator | None) ->
     if estimator is not None:
         return estimator
     data = wiring.edges[edge]
-    return "midpoint" if data.get("join") in (PRODUCT, ATTENTION) or data["found"] == "perturbation" else "gradient"
+    return "midpoint" if data.get("join") in (PRODUCT, ATTENTION) or data.get("found") == "perturbation" else "gradient"
 
 
 def _attribution(found: Setting, only: Cut | None) -> tuple[dict[str, Tensor], float]:

@@ -15,6 +15,7 @@ from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
 
 from .nets import Line, Split, images, seeded, vectors
+from .test_wiring import Hard
 
 
 class Planted(nn.Module):
@@ -306,3 +307,28 @@ def test_sites_that_fire_twice_are_refused() -> None:
     model = Twice().double()
     with pytest.raises(SiteError, match="a: it fires more than once"):
         nadhooks.unit_flow(model, masks_of(model, ["a", "b"], vectors()), 0, vectors())
+
+
+def test_closing_sees_through_what_no_gradient_passes() -> None:
+    model, x = seeded(Hard), vectors()
+    masks = masks_of(model, ["a", "b"], x)
+    found = weights(nadhooks.unit_flow(model, masks, 0, x, estimator=None, **EVERYTHING))
+    signs = model.a(x).detach() > 0
+    for unit in range(4):
+        closed = torch.where(signs, x, -x).index_copy(1, torch.tensor([unit]), -x[:, [unit]])  # 0 is not above 0
+        change = (model.b(torch.where(signs, x, -x)) - model.b(closed))[:, 0].mean()
+        assert found.get((f"a:{unit}", "b:0"), 0.0) == pytest.approx(float(change.detach()), abs=1e-12)
+    assert any(source.startswith("a:") for source, _ in found)
+
+
+def test_progress_ends_where_it_said() -> None:
+    calls: list[tuple[int, int]] = []
+    model, x = seeded(Line), images(5)
+    masks = masks_of(model, ["act1", "act2"], x)
+    for estimator in ("gradient", "midpoint"):
+        calls.clear()
+        nadhooks.unit_flow(
+            model, masks, 0, x, batch=3, estimator=estimator, progress=lambda done, total: calls.append((done, total))
+        )
+        assert calls[-1][0] == calls[-1][1] > 0
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
