@@ -409,3 +409,18 @@ def test_push_publishes_what_inspect_then_finds(hub: Hub, capsys: pytest.Capture
     assert nadhooks.load(address[1]) == THREE
     assert run("push", "m", "no name") == 1
     assert "expected a repository of the Hub, org/name, got 'no name'" in capsys.readouterr().err
+
+
+def test_units_draws_one_classs_flow_and_proves_it(measured_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--weights", str(measured_file.parent / "w.pt"), "--image-size", "32", "--data", "digits"]
+    assert run("units", str(measured_file), "--task", "3", *options, "--images", "2", "--prove", "-o", "u.json") == 0
+    shown = capsys.readouterr().out
+    assert "the same" in shown
+    assert re.search(r"the target, when an edge's source is closed +1\.000 +1\.000", shown)
+    graph = nadhooks.read_graph("u.json")
+    assert graph.graph["level"] == "unit"
+    assert graph.graph["images"] == 2
+    assert run("units", str(measured_file), "--task", "3", *options, "-o", "no/u.svg") == 1
+    assert "no is not a directory" in capsys.readouterr().err
+    assert run("units", str(measured_file), "--task", "7", *options) == 1
+    assert "unknown task 7" in capsys.readouterr().err

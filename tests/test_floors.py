@@ -40,7 +40,7 @@ FLOORS = [
     {"evaluation", "demo", "sharing"},
     {"cli.printing", "zoo.check"},
     {"cli.models"},
-    {"cli.files"},
+    {"cli.files", "cli.live"},
     {"cli"},
     {"zoo.coverage", "zoo.processes"},
     {"__main__", "zoo.__main__", ""},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .._version import __version__
 from ..errors import NadhooksError
-from . import files, models
+from . import files, live, models
 from .printing import as_options, err, one_line
 
 
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     models.add_commands(command)
+    live.add_commands(command)
     files.add_commands(command)
     return parser
 

@@ -18,7 +18,7 @@ from ..formats.data import DATA_WRITERS
 from ..masks import Masks, load, merge
 from ..rendering import render
 from .models import HEADINGS, Command, check_writable
-from .printing import AT_LEAST_1, few, out, say, table
+from .printing import AT_LEAST_1, few, out, say, table, task_of
 
 TASKS_SHOWN = 20
 
@@ -169,7 +169,7 @@ def _described(masks: Masks) -> dict[str, Any]:
 
 def _select(options: argparse.Namespace) -> None:
     masks = load(options.masks)
-    _save(masks.select([_task(masks, task) for task in options.tasks]), options.out)
+    _save(masks.select([task_of(masks, task) for task in options.tasks]), options.out)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -238,10 +238,5 @@ def _say_more(tasks: int, rows: int) -> None:
 
 def _flow(options: argparse.Namespace) -> nx.DiGraph:
     masks = load(options.masks)
-    tasks = None if options.task is None else [_task(masks, task) for task in options.task]
+    tasks = None if options.task is None else [task_of(masks, task) for task in options.task]
     return flow_graph(masks, tasks, combine=options.combine, joins=options.joins)
-
-
-def _task(masks: Masks, text: str) -> str | int:
-    """A task as a person types it: its name, or its label."""
-    return text if text in masks.tasks or text in masks.labels or not text.lstrip("-").isdecimal() else int(text)

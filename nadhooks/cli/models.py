@@ -1,4 +1,4 @@
-"""Commands that run a model: demo, sites, learn, verify, convert."""
+"""Commands that make a mask file of a model: demo, sites, learn, convert."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch.utils.data import DataLoader
 
 from .. import demo, methods, zoo
 from ..data import BUILT_IN, load_images
-from ..errors import DataError, MaskFileError, ModelError, NadhooksError
+from ..errors import DataError, ModelError, NadhooksError
 from ..evaluation import Recognition, recognition, shuffled
 from ..formats import authors
 from ..gates import attach
-from ..identity import weights_of
 from ..learning import Progress as Learnt
 from ..learning import learn
-from ..masks import Masks, load
+from ..masks import Masks
 from ..sites import Sites, blocks, channels, heads, neurons
 from ..tasks import Label, Tasks
 from .printing import AT_LEAST_1, bar, err, few, number, one_line, out, say, table
@@ -55,11 +54,11 @@ def add_commands(command: Command) -> None:
     _computing(sub)
 
     sub = command("sites", _sites, "list where gates would go in a model")
-    _modelling(sub)
+    modelling(sub)
 
     sub = command("learn", _learn, "learn a mask for each class of a data set")
-    _modelling(sub)
-    _reading(sub)
+    modelling(sub)
+    reading(sub)
     sub.add_argument(
         "-o", "--out", type=Path, default=Path("masks.safetensors"), help="mask file (default: %(default)s)"
     )
@@ -76,29 +75,16 @@ def add_commands(command: Command) -> None:
     sub.add_argument("--tasks", nargs="+", type=int, metavar="LABEL", help="only these output indices (default: all)")
     sub.add_argument("--no-test", action="store_true", help="skip the measurement on held-out images")
 
-    sub = command("verify", _verify, "measure the quality that a mask file states again, on your data")
-    sub.add_argument("masks", help="mask file")
-    _modelling(sub, chosen_by_file=True)
-    _reading(sub)
-    within = number(float, "a difference of at least 0", lambda difference: 0 <= difference < math.inf)
-    sub.add_argument(
-        "--within",
-        type=within,
-        default=0.02,
-        metavar="D",
-        help="fail if a measure's mean over the tasks differs by more from what the file states (default: %(default)s)",
-    )
-
     sub = command("convert", _convert, "turn a folder of the NAD authors' checkpoints into a mask file")
     sub.add_argument("folder", type=Path, help="such as checkpoint/imagenet/resnet50, with a folder for each class")
-    _modelling(sub)
+    modelling(sub)
     sub.add_argument("--epoch", type=int, metavar="N", help="net_iterN.pth of each class (default: the last)")
     sub.add_argument(
         "-o", "--out", type=Path, default=Path("masks.safetensors"), help="mask file (default: %(default)s)"
     )
 
 
-def _modelling(sub: argparse.ArgumentParser, chosen_by_file: bool = False) -> None:
+def modelling(sub: argparse.ArgumentParser, chosen_by_file: bool = False) -> None:
     if chosen_by_file:
         sub.add_argument("model", nargs="?", help=f"{MODEL_HELP} (default: what the file says)")
     else:
@@ -120,7 +106,7 @@ def _modelling(sub: argparse.ArgumentParser, chosen_by_file: bool = False) -> No
     _computing(sub)
 
 
-def _reading(sub: argparse.ArgumentParser) -> None:
+def reading(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--data", required=True, metavar="DATA", help=f"an ImageFolder directory, or {' or '.join(BUILT_IN)}"
     )
@@ -168,7 +154,7 @@ def _run_demo(options: argparse.Namespace, device: torch.device) -> list[Path]:
 
 def _sites(options: argparse.Namespace) -> None:
     with err.status("making the model and looking where gates would go"):
-        model = _model(options)
+        model = made_model(options, runs=False)
         gates = attach(model, _chosen(options), axis=options.axis)
     with gates:
         shown = table("site", "class", "axis >", "units >", "parameters >", "fed by")
@@ -199,8 +185,8 @@ def _learn(options: argparse.Namespace) -> None:
         raise NadhooksError(f"--{next(iter(for_nad))} is an option of --method nad, got --method {options.method}")
     method = methods.nad(**for_nad) if options.method == "nad" else options.method
     with err.status("making the model"):
-        model = _model(options)
-    transform = _transform(model, options)
+        model = made_model(options, runs=True)
+    transform = transform_of(model, options)
     classes = zoo.class_index_of(model)
     train = load_images(options.data, "train", transform, classes)
     test = None if options.no_test else load_images(options.data, "test", transform, classes)
@@ -238,50 +224,11 @@ def _learn(options: argparse.Namespace) -> None:
     say(f"{masks!r}\nwritten to {options.out}")
 
 
-def _verify(options: argparse.Namespace) -> None:
-    masks = load(options.masks)
-    stated = [measure for measure in QUALITY if measure in masks.quality]
-    if not stated:
-        raise MaskFileError(f"{options.masks} states no quality that could be measured again")
-    options.model = options.model or masks.provenance.get("model")
-    with err.status("making the model"):
-        model = _model(options)
-    weights = {True: "the same", False: "others", None: "unknown"}[
-        masks.provenance["weights"] == weights_of(model) if "weights" in masks.provenance else None
-    ]
-    say(f"weights of {options.model}: {weights}{'' if weights == 'the same' else ' (expect other figures)'}")
-    test = load_images(options.data, "test", _transform(model, options), zoo.class_index_of(model))
-    loader = DataLoader(test.dataset, batch_size=options.batch_size, num_workers=options.workers)
-    by_label = dict(zip(masks.labels, masks.tasks, strict=True))
-    with (
-        attach(model, masks.sites, tasks=by_label, example=_first(loader, model)) as gates,
-        bar("measuring the sub-architectures") as update,
-    ):
-        found = _quality(recognition(gates, loader, masks, progress=update))
-    shown, failed = table("measure", "stated >", "found >", "difference >", "largest of a task >"), []
-    for measure in stated:
-        difference = found[measure] - masks.quality[measure]  # (tasks,)
-        means = float(masks.quality[measure].mean()), float(found[measure].mean()), float(difference.mean())
-        worst = int(difference.abs().argmax())
-        shown.add_row(
-            HEADINGS[measure],
-            *(f"{mean:.3f}" for mean in means[:2]),
-            f"{means[2]:+.3f}",
-            f"{float(difference[worst]):+.3f} ({masks.tasks[worst]})",
-        )
-        if not abs(means[2]) <= options.within:  # NaN is no agreement either
-            failed.append(HEADINGS[measure])
-    out.print(shown)
-    if failed:
-        raise MaskFileError(f"the mean of {', '.join(failed)} is not within {options.within} of what the file states")
-    say(f"as stated, within {options.within}, on {len(test.dataset):,} images of {options.data}")  # type: ignore[arg-type]
-
-
 def _convert(options: argparse.Namespace) -> None:
     check_writable(options.out)
     classes = authors.read(options.folder, options.epoch)
     with err.status("making the model"):
-        model = _model(options)
+        model = made_model(options, runs=False)
     with attach(model, _chosen(options), axis=options.axis) as gates:
         values = authors.by_site(classes, [(site.name, site.units) for site in gates.sites])
         known = {index: name for name, index in reversed(zoo.class_index_of(model).items())}
@@ -295,13 +242,14 @@ def _convert(options: argparse.Namespace) -> None:
     say(f"{masks!r}\nwritten to {options.out}")
 
 
-def _model(options: argparse.Namespace) -> nn.Module:
+def made_model(options: argparse.Namespace, *, runs: bool) -> nn.Module:
+    """The model that a person named; if it runs on images, random weights are worth a note."""
     if options.pretrained:
         import huggingface_hub
 
         huggingface_hub.logging.set_verbosity_error()  # two lines for every try to reach it; the last error says all
     model = zoo.load_model(options.model, weights=options.weights, pretrained=options.pretrained)
-    if options.weights is None and not options.pretrained and options.run in (_learn, _verify):
+    if runs and options.weights is None and not options.pretrained:
         note = "nadhooks: note: the weights are random; pass --weights FILE or --pretrained for a trained model"
         err.print(note, soft_wrap=True)
     model = model.to(_device(options.device))
@@ -310,7 +258,7 @@ def _model(options: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _transform(model: nn.Module, options: argparse.Namespace) -> Callable[..., torch.Tensor]:
+def transform_of(model: nn.Module, options: argparse.Namespace) -> Callable[..., torch.Tensor]:
     if options.image_size is not None and zoo.own_transform(options.model):
         source = options.model.partition(":")[0]
         raise ModelError(f"the size of the images follows from `transform` in {source}; leave out --image-size")
@@ -351,7 +299,7 @@ def _with_wordnet(tasks: Tasks, classes: Mapping[str, int]) -> Tasks:
 
 def _measured(masks: Masks, figures: Sequence[Sequence[Recognition]], data: str, images: int) -> Masks:
     """With the quality of each task's sub-architecture, and the means of the full network and of random masks."""
-    full, own, random = (_quality(rows) for rows in figures)
+    full, own, random = (quality(rows) for rows in figures)
     means = {
         name: {measure: round(float(values.mean()), 4) for measure, values in quality.items()}
         for name, quality in (("network", full), ("random", random))
@@ -360,7 +308,7 @@ def _measured(masks: Masks, figures: Sequence[Sequence[Recognition]], data: str,
     return masks.replaced(provenance=origin, quality=own)
 
 
-def _quality(rows: Sequence[Recognition]) -> dict[str, torch.Tensor]:
+def quality(rows: Sequence[Recognition]) -> dict[str, torch.Tensor]:
     return {measure: torch.tensor([getattr(row, measure) for row in rows]) for measure in QUALITY}
 
 
@@ -379,7 +327,7 @@ def _show_recognition(
     """Prints and returns the figures of the full network, the sub-architectures and random masks."""
     figures: list[list[Recognition]] = []
     with attach(
-        model, masks.sites, tasks=dict(zip(masks.labels, masks.tasks, strict=True)), example=_first(loader, model)
+        model, masks.sites, tasks=dict(zip(masks.labels, masks.tasks, strict=True)), example=first(loader, model)
     ) as gates:
         for text, measured in (
             ("measuring the full network", None),
@@ -407,7 +355,7 @@ def _figures(rows: Sequence[Recognition]) -> list[str]:
     return [f"{means[0]:.0%}", *(f"{mean:.3f}" for mean in means[1:])]
 
 
-def _first(loader: object, model: nn.Module) -> torch.Tensor:
+def first(loader: object, model: nn.Module) -> torch.Tensor:
     device = next(p.device for p in model.parameters())
     return next(iter(loader))[0][:1].to(device)  # type: ignore[call-overload]
 

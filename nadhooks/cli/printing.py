@@ -1,4 +1,4 @@
-"""What the command line prints: tables, progress, errors in one line."""
+"""What the command line prints and reads: tables, progress, errors in one line, numbers and tasks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from ..masks import Masks
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
 err = Console(stderr=True, highlight=False)
@@ -80,3 +82,8 @@ def number(kind: type, expected: str, fits: Callable[[Any], bool]) -> Callable[[
 
 
 AT_LEAST_1 = number(int, "a number of at least 1", lambda value: value >= 1)
+
+
+def task_of(masks: Masks, text: str) -> str | int:
+    """A task as a person types it: its name, or its label."""
+    return text if text in masks.tasks or text in masks.labels or not text.lstrip("-").isdecimal() else int(text)

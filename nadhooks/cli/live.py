@@ -1,0 +1,154 @@
+"""Commands that run a mask file's model: verify, units."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import zoo
+from ..data import load_images
+from ..errors import DataError, MaskFileError
+from ..evaluation import recognition, verify
+from ..formats import PICTURES, TEXT, WIDTHS
+from ..gates import attach
+from ..identity import weights_of
+from ..masks import Masks, load
+from ..rendering import render
+from ..units import unit_flow
+from .models import (
+    HEADINGS,
+    QUALITY,
+    Command,
+    check_writable,
+    first,
+    made_model,
+    modelling,
+    quality,
+    reading,
+    transform_of,
+)
+from .printing import AT_LEAST_1, bar, err, number, out, say, table, task_of
+
+
+def add_commands(command: Command) -> None:
+    sub = command("verify", _verify, "measure the quality that a mask file states again, on your data")
+    sub.add_argument("masks", help="mask file")
+    modelling(sub, chosen_by_file=True)
+    reading(sub)
+    within = number(float, "a difference of at least 0", lambda difference: 0 <= difference < math.inf)
+    sub.add_argument(
+        "--within",
+        type=within,
+        default=0.02,
+        metavar="D",
+        help="fail if a measure's mean over the tasks differs by more from what the file states (default: %(default)s)",
+    )
+
+    sub = command("units", _units, "draw the flow of one class from unit to unit, on images of it")
+    sub.add_argument("masks", help="mask file")
+    modelling(sub, chosen_by_file=True)
+    reading(sub)
+    sub.add_argument("--task", required=True, help="name or label of the class")
+    sub.add_argument("--images", type=AT_LEAST_1, default=8, metavar="N", help="held-out images of it (default: 8)")
+    share = number(float, "a share above 0 and at most 1", lambda value: 0 < value <= 1)
+    sub.add_argument(
+        "--nodes", type=share, default=0.8, metavar="SHARE", help="of each site's |attribution| (default: 0.8)"
+    )
+    sub.add_argument("--edges", type=share, default=0.98, metavar="SHARE", help="of each unit's inflow (default: 0.98)")
+    sub.add_argument("--prove", action="store_true", help="also close units of the live network: is the graph true?")
+    sub.add_argument("--width", choices=list(WIDTHS), default="double", help="of a paper's column (default: double)")
+    sub.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("units.svg"),
+        help=f"{', '.join(PICTURES + TEXT)} (default: %(default)s)",
+    )
+
+
+def _verify(options: argparse.Namespace) -> None:
+    masks = load(options.masks)
+    stated = [measure for measure in QUALITY if measure in masks.quality]
+    if not stated:
+        raise MaskFileError(f"{options.masks} states no quality that could be measured again")
+    model = _loaded(masks, options)
+    test = load_images(options.data, "test", transform_of(model, options), zoo.class_index_of(model))
+    loader = DataLoader(test.dataset, batch_size=options.batch_size, num_workers=options.workers)
+    by_label = dict(zip(masks.labels, masks.tasks, strict=True))
+    with (
+        attach(model, masks.sites, tasks=by_label, example=first(loader, model)) as gates,
+        bar("measuring the sub-architectures") as update,
+    ):
+        found = quality(recognition(gates, loader, masks, progress=update))
+    shown, failed = table("measure", "stated >", "found >", "difference >", "largest of a task >"), []
+    for measure in stated:
+        difference = found[measure] - masks.quality[measure]  # (tasks,)
+        means = float(masks.quality[measure].mean()), float(found[measure].mean()), float(difference.mean())
+        worst = int(difference.abs().argmax())
+        shown.add_row(
+            HEADINGS[measure],
+            *(f"{mean:.3f}" for mean in means[:2]),
+            f"{means[2]:+.3f}",
+            f"{float(difference[worst]):+.3f} ({masks.tasks[worst]})",
+        )
+        if not abs(means[2]) <= options.within:  # NaN is no agreement either
+            failed.append(HEADINGS[measure])
+    out.print(shown)
+    if failed:
+        raise MaskFileError(f"the mean of {', '.join(failed)} is not within {options.within} of what the file states")
+    say(f"as stated, within {options.within}, on {len(test.dataset):,} images of {options.data}")  # type: ignore[arg-type]
+
+
+def _units(options: argparse.Namespace) -> None:
+    check_writable(options.out)
+    masks = load(options.masks)
+    row = masks.task_rows.row(task_of(masks, options.task))
+    label, name = masks.labels[row], masks.tasks[row]
+    model = _loaded(masks, options)
+    test = load_images(options.data, "test", transform_of(model, options), zoo.class_index_of(model))
+    images = []
+    for batch, labels in DataLoader(test.dataset, batch_size=options.batch_size, num_workers=options.workers):
+        images += list(batch[labels == label])
+        if len(images) >= options.images:
+            break
+    if not images:
+        raise DataError(f"{options.data} has no held-out images of {name}")
+    shown = torch.stack(images[: options.images]).to(next(model.parameters()).device)
+    with bar(f"following the flow of {name}") as update:
+        graph = unit_flow(model, masks, name, shown, nodes=options.nodes, edges=options.edges, progress=update)
+    render(graph, options.out, width=options.width)
+    say(f"{graph.number_of_nodes():,} nodes, {graph.number_of_edges():,} edges, of {len(shown)} images")
+    if options.prove:
+        with err.status("closing units of the live network"):
+            found = verify(model, masks, graph, shown)
+        lines = table("what the graph says, beside", "rank correlation >", "Pearson >")
+        for words, agreement in (
+            ("the target, when an edge's source is closed", found.edges),
+            ("the logit, when only the target sees that", found.paths),
+            ("the logit, when a unit is closed", found.units),
+        ):
+            lines.add_row(words, f"{agreement.spearman:.3f}", f"{agreement.pearson:.3f}")
+        out.print(lines)
+        gone = found.removal
+        say(
+            f"recall {gone.recall:.3f}; without the strongest {gone.units} units {gone.recall_without_strongest:.3f}, "
+            f"without as many random ones {gone.recall_without_random:.3f}"
+        )
+    say(f"written to {options.out}")
+
+
+def _loaded(masks: Masks, options: argparse.Namespace) -> nn.Module:
+    """The masks' model, with a word on whether its weights are those of the masks."""
+    options.model = options.model or masks.provenance.get("model")
+    with err.status("making the model"):
+        model = made_model(options, runs=True)
+    weights = {True: "the same", False: "others (expect other figures)", None: "unknown (expect other figures)"}[
+        masks.provenance["weights"] == weights_of(model) if "weights" in masks.provenance else None
+    ]
+    say(f"weights of {options.model}: {weights}")
+    return model
