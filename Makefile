@@ -16,7 +16,7 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # hours: every model of timm and torchvision that the ledger does not hold at the installed versions
 coverage: $(VENV)/.test
