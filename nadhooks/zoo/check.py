@@ -38,7 +38,7 @@ SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)  # image sides that are
 SAMPLED = 6  # sites that are closed one at a time, where there are more
 TRIED = 5  # units of such a site, until the output feels one
 FAINTER = (0.7, 0.3, 0.1)  # weights times these, until no sigmoid or softmax is saturated on the way of a gradient
-SECONDS_TO_PERTURB = 120
+SECONDS_TO_PERTURB = {"blocks": 120, "channels": 400}  # expected; in which a second opinion is asked for
 LOUD = 1e6  # outputs beyond this, of networks of drawn weights, swallow the part of a single unit
 REAL_PARAMETERS = 40_000_000
 REAL_BYTES = 8 * 2**30
@@ -51,6 +51,12 @@ EXPLAINED = [
         "channels",
         "perturbation",
         "its spatial attention normalises a single feature, which puts out a constant whatever comes in",
+    ),
+    (
+        "torchvision:*rcnn_resnet50_fpn*",
+        "channels",
+        "perturbation",
+        "mask and keypoint heads see the boxes that the scores choose, which has no gradient (gates.rewire() adds it)",
     ),
     ("timm:csatv2*", "channels", "per sample", "its spatial attention is over the samples of the batch"),
 ]
@@ -127,7 +133,8 @@ def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iter
                 if run is not None:
                     thorough = granularity == "blocks"
                     second = thorough or (granularity == "channels" and channels_wiring)
-                    finding.checks |= checked(run, gates, example, thorough, second)
+                    patience = SECONDS_TO_PERTURB[granularity] if second else 0
+                    finding.checks |= checked(run, gates, example, thorough, patience)
                     finding.explain()
             if real:
                 finding.checks["detach"] = detach_restores(model, before)
@@ -135,16 +142,16 @@ def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iter
             yield finding
 
 
-def checked(run: Runner, gates: Gates, example: Any, thorough: bool, second_opinion: bool) -> dict[str, str]:
-    """Every check that needs values, on a batch of two samples."""
+def checked(run: Runner, gates: Gates, example: Any, thorough: bool, patience: float) -> dict[str, str]:
+    """Every check that needs values, on a batch of two samples; perturbation if it takes `patience` seconds at most."""
     found = {"open": open_gates_change_nothing(run, gates, thorough)}
     strongest: dict[str, list[int]] = {}
     found["gradient"] = gradient_reaches_every_gate(run, gates, strongest)
     found["closing"] = closing_is_felt(run, gates, strongest)
     found["per sample"] = "not run: a list of images" if run.detects else samples_go_their_own_way(run, gates)
-    if second_opinion:
+    if patience:
         expected = run.seconds * len(gates.sites)
-        late = expected > SECONDS_TO_PERTURB
+        late = expected > patience
         found["perturbation"] = (
             f"not run: {len(gates.sites)} passes would take {expected:.0f} s"
             if late
