@@ -16,10 +16,10 @@ from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
 from .gating import gate, unit_sums
 from .joins import ATTENTION, PRODUCT
-from .learning import frozen, logits_of
 from .masks import Masks
 from .segments import Cut, Gated, Score, replaying, unit_part
 from .sites import Site
+from .tracing import frozen, logits_of
 from .wiring import INPUT, OUTPUT
 
 Weighting = Literal["class", "pooled"]

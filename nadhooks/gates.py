@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from . import zoo
 from ._version import __version__
 from .errors import ModelError, NadhooksError, SiteError, TaskError
-from .gating import Clip, chosen_units, gate, unit_sums
+from .gating import Clip, UnitMeans, chosen_units, gate
 from .hooking import Handle, SiteHook, WithinHook, on_site
 from .identity import structure_of, unlike, without_wrappers
 from .masks import Masks
@@ -184,7 +184,7 @@ class Gates:
         example: as for `attach`.
         """
         model = self.attached()
-        with self._everything_open(), torch.inference_mode(False):
+        with self.everything_open(), torch.inference_mode(False):
             second = perturb(model, self.sites, zoo.example_for(model) if example is None else example)
         self.wiring = agreed(self.wiring, second)
         return self.wiring
@@ -266,22 +266,17 @@ class Gates:
         batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them. The model runs in eval mode
         with open gates. From then on closed units put out their means. Raises NadhooksError where there is no batch.
         """
-        model = self.attached()
-        sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in self.sites}
-        counts = dict.fromkeys(sums, 0)
-
-        def add(site: Site, x: Tensor) -> None:
-            sums[site.name] += unit_sums(x, site).cpu()
-            counts[site.name] += x.numel() // site.units
-
+        model, means = self.attached(), UnitMeans(self.sites)
         device = next((p.device for p in model.parameters()), None)
-        with torch.no_grad(), undisturbed(model), self._everything_open(), self.watch(add):
+        with torch.no_grad(), undisturbed(model), self.everything_open(), self.watch(means.add):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
                 call_model(model, pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
-        if not all(counts.values()):
-            raise NadhooksError("expected at least one batch to take the units' means from, got none")
-        self.means = {name: (total / counts[name]).to(self.logits[name].dtype) for name, total in sums.items()}
+        self.close_to_means(means)
+
+    def close_to_means(self, means: UnitMeans) -> None:
+        """From now on closed units put out these means."""
+        self.means = {name: mean.to(self.logits[name].dtype) for name, mean in means.means().items()}
         self.closed = "mean"
 
     # --- masks ---
@@ -377,7 +372,8 @@ class Gates:
         return cast(Tensor, Clip.apply(logits[self._rows.to(logits.device)]))
 
     @contextmanager
-    def _everything_open(self) -> Iterator[None]:
+    def everything_open(self) -> Iterator[None]:
+        """Every gate open inside, whatever is in force outside."""
         shut, self._shut = self._shut, {}
         try:
             with _Activation(self):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import SiteError, TaskError
+from .errors import NadhooksError, SiteError, TaskError
 from .sites import Site
 
 
@@ -40,7 +41,7 @@ def gate(
     g = _spread(g, x, axis, block, alternating)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return g * x
-    return g * x + (1 - g) * _spread(closed[None], x, axis, block, alternating)
+    return torch.addcmul((1 - g) * _spread(closed[None], x, axis, block, alternating), g, x)  # one pass over x
 
 
 def _spread(rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool) -> Tensor:
@@ -91,8 +92,43 @@ def chosen_units(units: object, site: Site) -> Tensor:
     return shut
 
 
+def by_unit(x: Tensor, site: Site, samples: int) -> Tensor:
+    """Any tensor of a site -> (samples, units, positions), a view where that can be."""
+    axis = site.axis
+    if x.shape[0] != samples:  # windows, frames or views of a sample on axis 0
+        parts = x.shape[0] // samples
+        shape = (parts, samples) if site.views else (samples, parts)
+        x = x.reshape(*shape, *x.shape[1:]).movedim(0 if not site.views else 1, 0)
+        axis += 1
+    x = x.movedim(axis, 1)
+    if site.block > 1:
+        inner = (site.block, site.units) if site.alternating else (site.units, site.block)
+        x = x.unflatten(1, inner)
+        x = x.transpose(1, 2) if site.alternating else x
+    return x.flatten(2) if x.dim() > 2 else x[:, :, None]
+
+
+class UnitMeans:
+    """Each unit's mean over all samples and positions that were added."""
+
+    def __init__(self, sites: Iterable[Site]):
+        self.sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
+        self.counts = dict.fromkeys(self.sums, 0)
+
+    def add(self, site: Site, x: Tensor) -> None:
+        self.sums[site.name] += unit_sums(x, site).cpu()
+        self.counts[site.name] += x.numel() // site.units
+
+    def means(self) -> dict[str, Tensor]:
+        """{site: (units,)} in float64. Raises NadhooksError if nothing was added."""
+        if not all(self.counts.values()):
+            raise NadhooksError("expected at least one batch to take the units' means from, got none")
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
 def unit_sums(x: Tensor, site: Site) -> Tensor:
     """Sum over everything but a site's units: any tensor of the site -> (units,) float64."""
-    by_position = x.detach().movedim(site.axis, 0).flatten(1).sum(1, dtype=torch.float64)  # (units · block,)
+    others = [axis for axis in range(x.dim()) if axis != site.axis]
+    by_position = x.detach().sum(others, dtype=torch.float64) if others else x.detach().double()  # (units · block,)
     grid = by_position.reshape(site.block, site.units).T if site.alternating else by_position.reshape(site.units, -1)
     return grid.sum(1)

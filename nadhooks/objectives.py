@@ -7,42 +7,79 @@ each task what it would get alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Logits (batch, classes), labels (batch,) -> (batch,)."""
-    return F.cross_entropy(outputs, labels, reduction="none")
+Output = Literal["softmax", "sigmoid", "any"]
 
 
-def binary_kl(outputs: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
+def cross_entropy(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
+    """−log p(class): logits (batch, classes) -> (batch,).
+
+    classes: (batch,) labels, or (batch, classes) booleans where several outputs mean one answer. output: "softmax", or
+    "sigmoid" where every output is a yes or no of its own; of several, the strongest counts.
+    """
+    if output == "softmax" and classes.dim() == 1:
+        return F.cross_entropy(outputs, classes, reduction="none")
+    return -_binary_log(outputs, classes, output)[:, 0]
+
+
+def correct(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
+    """Whether the answer is the class, (batch,) bool: the largest logit, or with "sigmoid" one above 0."""
+    if output == "sigmoid":
+        return _own(outputs, classes).amax(1) > 0
+    best = outputs.argmax(1)
+    return best == classes if classes.dim() == 1 else classes.gather(1, best[:, None])[:, 0]
+
+
+def binary_kl(outputs: Tensor, teacher: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
     """KL divergence of "this class or any other", teacher from student; logits (batch, classes) -> (batch,).
 
-    classes: (batch,) the one class that counts for each sample.
+    classes, output: as for `cross_entropy`.
     """
-    return (_binary_log(teacher, classes).exp() * (_binary_log(teacher, classes) - _binary_log(outputs, classes))).sum(
-        1
-    )
+    before, after = _binary_log(teacher, classes, output), _binary_log(outputs, classes, output)
+    return (before.exp() * (before - after)).sum(1)
 
 
-def _binary_log(outputs: Tensor, classes: Tensor) -> Tensor:
+def log_probability(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
+    """log p(class), (batch,)."""
+    return _binary_log(outputs, classes, output)[:, 0]
+
+
+def _binary_log(outputs: Tensor, classes: Tensor, output: Output) -> Tensor:
     """log p(class) and log p(any other), (batch, 2), without cancellation when p(class) is near 1."""
-    own = outputs.gather(1, classes[:, None])
-    others = outputs.scatter(1, classes[:, None], -torch.inf).logsumexp(1, keepdim=True)
+    if output == "sigmoid":
+        logit = _own(outputs, classes).amax(1)
+        return torch.stack([F.logsigmoid(logit), F.logsigmoid(-logit)], 1)
+    if classes.dim() == 1:
+        own = outputs.gather(1, classes[:, None])
+        others = outputs.scatter(1, classes[:, None], -torch.inf).logsumexp(1, keepdim=True)
+    else:
+        own = _own(outputs, classes).logsumexp(1, keepdim=True)
+        others = outputs.masked_fill(classes, -torch.inf).logsumexp(1, keepdim=True)
     return torch.cat([own, others], 1) - torch.logaddexp(own, others)
+
+
+def _own(outputs: Tensor, classes: Tensor) -> Tensor:
+    """The logits of the class's outputs, (batch, …), -inf elsewhere."""
+    return outputs.gather(1, classes[:, None]) if classes.dim() == 1 else outputs.masked_fill(~classes, -torch.inf)
 
 
 def mse(activation: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over everything but the batch, (batch, …) -> (batch,)."""
-    return (activation - teacher).square().flatten(1).mean(1)
+    return _mean((activation - teacher).square())
 
 
 def relative_mse(activation: Tensor, teacher: Tensor) -> Tensor:
     """`mse` as a share of the teacher's mean square, so that sites of any scale weigh alike."""
-    return mse(activation, teacher) / teacher.square().flatten(1).mean(1).clamp(min=1e-12)
+    return mse(activation, teacher) / _mean(teacher.square()).clamp(min=1e-12)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(tuple(range(1, x.dim())), dtype=torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse
 
 
 def squared_gates(gates: Mapping[str, Tensor]) -> Tensor:
@@ -54,7 +91,7 @@ def squared_gates(gates: Mapping[str, Tensor]) -> Tensor:
 
 
 def per_task(values: Tensor, rows: Tensor, tasks: int) -> Tensor:
-    """Means per task: (samples,) values and task rows -> (tasks,), zero for tasks without samples."""
-    sums = values.new_zeros(tasks).index_add(0, rows, values)
-    counts = torch.bincount(rows, minlength=tasks).to(values.dtype)
-    return sums / counts.clamp(min=1)
+    """Means per task: (samples, …) values and task rows -> (tasks, …), zero for tasks without samples."""
+    sums = values.new_zeros(tasks, *values.shape[1:]).index_add(0, rows, values)
+    counts = torch.bincount(rows, minlength=tasks).to(values.dtype).clamp(min=1)
+    return sums / counts.reshape(-1, *[1] * (values.dim() - 1))

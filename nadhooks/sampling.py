@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,206 +11,318 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .batching import digest, join, moved, nbytes, pick, singles, size
 from .errors import LearningError, TaskError
 from .methods import Method, Samples
 from .tasks import Label, Tasks
 
-POOL_BYTES = 2 * 2**30  # images kept in memory for balanced sampling
+POOL_BYTES = 2 * 2**30  # inputs kept in memory for balanced sampling
+SAMPLES_PER_PASS = 256  # more tasks than fit a pass of so many samples are learnt chunk by chunk
 
 
 class Batch(NamedTuple):
-    """What one step learns from: images, and which of them goes through whose gates."""
+    """What one step learns from: an input for each sample, what it is known by, and whose gates it goes through."""
 
-    images: Tensor
-    picked: Tensor  # (samples,) places in images
+    inputs: Any
+    keys: Sequence[Hashable]
     samples: Samples
-    done: int  # of `total`, for progress
+    done: int  # of `total`, for progress; 0 where the loader does not know its length
     total: int
 
 
 @dataclass(frozen=True)
 class Data:
-    """A loader with what is known of the model: its number of outputs, and the device that samples go to."""
+    """A loader with what is known of the model: its number of outputs, if labels are among them, and its device.
+
+    meaning: {label: the outputs that say yes to it}, where labels are not outputs themselves.
+    """
 
     loader: Iterable[Any]
-    outputs: int
+    outputs: int | None
     device: torch.device
+    meaning: Mapping[Label, Sequence[int]] | None = None
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, labels), on the device; labels are checked to be among the model's outputs."""
+    def batches(self) -> Iterator[tuple[Any, Tensor, Any]]:
+        """(inputs, labels, targets), inputs and targets on the device; labels are checked."""
         shown = False
-        for images, labels in read(self.loader):
+        for inputs, labels, targets in read(self.loader):
             shown = True
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
-                wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-                raise TaskError(
-                    f"label {wrong} is out of range: the model has {self.outputs} outputs, "
-                    f"so labels are 0 to {self.outputs - 1}"
-                )
-            yield images.to(self.device), labels
+            self._check(labels)
+            yield moved(inputs, self.device), labels, moved(targets, self.device)
         if not shown:
             raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
+
+    def _check(self, labels: Tensor) -> None:
+        if self.outputs is None or self.meaning is not None:
+            return
+        if labels.dim() == 2:
+            if labels.shape[1] != self.outputs:
+                raise TaskError(f"expected a label for each of the {self.outputs} outputs, got {labels.shape[1]}")
+        elif not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
+            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+            raise TaskError(
+                f"label {wrong} is out of range: the model has {self.outputs} outputs, "
+                f"so labels are 0 to {self.outputs - 1}"
+            )
 
     def tasks(self, tasks: Tasks | None) -> Tasks:
         """The given tasks, checked to be outputs of the model, or every label that the loader shows."""
         if tasks is None:
-            return Tasks.of(sorted({int(label) for _, labels in self.batches() for label in labels.unique()}))
-        wrong = [label for label in tasks.labels if not isinstance(label, int) or not 0 <= label < self.outputs]
+            return Tasks.of(sorted({label for _, labels, _ in self.batches() for label in shown_in(labels)}))
+        known: Iterable[object] | None = self.meaning
+        if known is None and self.outputs is not None:
+            known = range(self.outputs)
+        wrong = [label for label in tasks.labels if known is not None and label not in known]
+        if wrong and self.meaning is not None:
+            raise TaskError(f"task {wrong[0]!r}: outputs= does not say which of the model's outputs mean it")
         if wrong:
-            raise TaskError(f"task {wrong[0]!r} is not an output of the model, which has 0 to {self.outputs - 1}")
+            raise TaskError(
+                f"task {wrong[0]!r} is not an output of the model, which has 0 to {(self.outputs or 0) - 1}"
+            )
+        strings = [label for label in tasks.labels if not isinstance(label, int)]
+        if strings:
+            raise TaskError(f"task {strings[0]!r}: expected the whole number that the loader's labels say it with")
         return tasks
 
+    def classes(self, label: Label) -> Tensor:
+        """Which outputs say yes to a task: () its number, or (outputs,) booleans."""
+        if self.meaning is None or self.outputs is None:
+            return torch.tensor(int(label))
+        return torch.zeros(self.outputs, dtype=torch.bool).index_fill(0, torch.tensor(list(self.meaning[label])), True)
 
-def read(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, labels) batches of a training loop's loader, one whole-number label per sample."""
+
+def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
+    """(inputs, labels, targets) of a training loop's loader: a whole-number label for each sample, or 0 or 1 for each
+    sample and label; targets is whatever came third, or None."""
     if not isinstance(loader, Iterable):
         raise LearningError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}")
     for batch in loader:
-        if not (isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[0], Tensor)):
+        if not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
             raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {type(batch).__name__}")
+        inputs = (batch[0],) if isinstance(batch[0], list) else batch[0]  # models take a list as their one argument
+        samples = size(inputs)
+        if samples is None:
+            raise LearningError(
+                "expected a loader of (inputs, labels) batches, inputs being a tensor, a list with an entry for each "
+                f"sample, or a tuple or dict of such, of one length; got {type(batch[0]).__name__}"
+            )
         try:
-            images, labels = batch[0], torch.as_tensor(batch[1])
+            labels = torch.as_tensor(batch[1])
         except (TypeError, ValueError, RuntimeError) as error:
             raise TaskError(f"expected whole-number labels, got {batch[1]!r}: {error}") from error
-        if labels.dim() != 1 or len(labels) != len(images) or labels.is_floating_point():
+        if labels.dim() == 2 and len(labels) == samples and bool(((labels == 0) | (labels == 1)).all()):
+            labels = labels.bool()
+        elif labels.dim() != 1 or len(labels) != samples or labels.is_floating_point():
             raise TaskError(
-                f"expected {len(images)} whole-number labels, one per sample, "
+                f"expected {samples} whole-number labels, one per sample (or {samples} rows of 0 and 1), "
                 f"got shape {tuple(labels.shape)} of {labels.dtype}"
             )
-        if len(images):
-            yield images, labels.cpu().long()
+        else:
+            labels = labels.long()
+        if samples:
+            yield inputs, labels.cpu(), batch[2] if len(batch) > 2 else None
 
 
-def peek(loader: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
-    """One sample (1, …) of a loader, and the loader with that sample still in it (iterators are read once only)."""
-    for images, labels in read(loader):
-        first = (images, labels)
-        return images[:1], chain([first], loader) if isinstance(loader, Iterator) else loader
+def shown_in(labels: Tensor) -> list[int]:
+    """The labels that a batch shows."""
+    return labels.any(0).nonzero()[:, 0].tolist() if labels.dim() == 2 else labels.unique().tolist()
+
+
+def has(labels: Tensor, label: Label) -> Tensor:
+    """(batch,) whether each sample is of that label."""
+    return labels[:, int(label)] if labels.dim() == 2 else labels.eq(int(label))
+
+
+def peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """One sample of a loader, and the loader with that sample still in it (iterators are read once only)."""
+    for inputs, labels, targets in read(loader):
+        sample = pick(inputs, torch.tensor([0]))
+        return sample, chain([(inputs, labels, targets)], loader) if isinstance(loader, Iterator) else loader
     raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
 
 
-def generator(seed: int, label: Label) -> torch.Generator:
+def generator(seed: int, *what: object) -> torch.Generator:
     """Randomness of one task, whatever other tasks there are and in whatever order."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{label}".encode()))
+    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, (seed, *what))).encode()))
 
 
 # --- each task's own samples, in the loader's order ------------------------------------------------------------------
 
 
 def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
-    """Batches of one task each, every epoch's last one possibly smaller, as a loader over that class alone gives."""
+    """Batches of each task, every epoch's last one possibly smaller, as a loader over that class alone gives.
+
+    Batches of several tasks go together, never two of one, for the second wants what was learnt from the first. Tasks
+    wait for each other as long as memory for a pool lasts.
+    """
     total = method.epochs * len(data.loader) if isinstance(data.loader, Sized) else 0
+    classes = [data.classes(label) for label in tasks.labels]
+    together = max(1, SAMPLES_PER_PASS // method.batch)  # tasks
     done = 0
     for _ in range(method.epochs):
-        waiting: list[list[Tensor]] = [[] for _ in tasks.labels]
+        waiting: list[list[tuple[Any, Any]]] = [[] for _ in tasks.labels]  # samples of each task, and their targets
         shown = [0] * len(tasks)
-        for images, labels in data.batches():
+        for inputs, labels, targets in data.batches():
             done += 1
             for row, label in enumerate(tasks.labels):
-                mine = images[labels.eq(int(label)).to(images.device)]
+                mine = has(labels, label).nonzero()[:, 0]
                 shown[row] += len(mine)
-                waiting[row] += mine.unbind(0)
-                while len(waiting[row]) >= method.batch:
-                    ready, waiting[row] = waiting[row][: method.batch], waiting[row][method.batch :]
-                    yield _own_batch(ready, row, tasks, done, total)
+                if len(mine):
+                    own, own_targets = pick(inputs, mine), pick(targets, mine)
+                    waiting[row] += zip(singles(own, len(mine)), singles(own_targets, len(mine)), strict=True)
+            affordable = POOL_BYTES // max(1, nbytes(pick(inputs, torch.tensor([0]))))
+            while True:
+                ready = [row for row, samples in enumerate(waiting) if len(samples) >= method.batch]
+                held = sum(map(len, waiting))
+                if not ready or (len(ready) < min(together, len(tasks)) and held < affordable):
+                    break
+                yield _own_batch(waiting, ready[:together], method.batch, classes, done, total)
         _check_shown(shown, tasks)
-        for row, rest in enumerate(waiting):
-            if rest:
-                yield _own_batch(rest, row, tasks, done, total)
+        while any(waiting):  # first what is whole
+            ready = [row for row, samples in enumerate(waiting) if len(samples) >= method.batch]
+            rows = ready or [row for row, samples in enumerate(waiting) if samples]
+            yield _own_batch(waiting, rows[:together], method.batch, classes, done, total)
 
 
-def _own_batch(images: list[Tensor], row: int, tasks: Tasks, done: int, total: int) -> Batch:
-    stacked = torch.stack(images)
-    rows = torch.full((len(images),), row, device=stacked.device)
-    samples = Samples(rows, torch.full_like(rows, int(tasks.labels[row])), torch.ones_like(rows, dtype=torch.bool))
-    return Batch(stacked, torch.arange(len(images), device=stacked.device), samples, done, total)
+def _own_batch(
+    waiting: list[list[tuple[Any, Any]]],
+    tasks: Sequence[int],
+    number: int,
+    classes: Sequence[Tensor],
+    done: int,
+    total: int,
+) -> Batch:
+    taken, rows = [], []
+    for row in tasks:
+        taken += waiting[row][:number]
+        rows += [row] * len(waiting[row][:number])
+        del waiting[row][:number]
+    inputs = join([sample for sample, _ in taken])
+    keys = [digest(sample) for sample, _ in taken]
+    task_of = torch.tensor(rows)
+    positive = torch.ones_like(task_of, dtype=torch.bool)
+    samples = Samples(task_of, torch.stack(list(classes))[task_of], positive, join([target for _, target in taken]))
+    return Batch(inputs, keys, samples, done, total)
 
 
 # --- as many of every task, in every step ----------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pool:
-    """Images in memory, sorted by label, so that those of one label are one stretch."""
+    """Samples in memory with their labels: (samples,) whole numbers, or (samples, labels) booleans."""
 
-    images: Tensor
+    inputs: Any
     labels: Tensor
-    stretches: dict[int, tuple[int, int]]  # label -> first, one past the last
+    targets: Any
 
     @classmethod
     def of(cls, data: Data, tasks: Tasks | None, method: Method) -> Pool:
-        """As many images of each label as the method draws, in the loader's order; stops reading when it has them.
+        """As many samples of each label as the method draws, in the loader's order; stops reading when it has them.
 
-        Where memory is short, tasks and contrast share it half and half.
+        Where memory is short, tasks and contrast share it half and half. Sorted by label.
         """
-        drawn = method.steps * method.positives
-        own = {int(label) for label in tasks.labels} if tasks else set(range(data.outputs))
-        limits: dict[int, int] = {}
-        kept: dict[int, list[Tensor]] = {}
-        for images, labels in data.batches():
-            affordable = POOL_BYTES // 2 // images[0].nbytes
-            limits = limits or {
-                label: min(drawn, max(4, affordable // (len(own) if label in own else data.outputs)))
-                for label in range(data.outputs)
-            }
-            for image, label in zip(images, labels.tolist(), strict=True):
-                if len(kept.setdefault(label, [])) < limits[label]:
-                    kept[label].append(image.clone())  # a view would keep its whole batch in memory
-            if all(len(kept.get(label, ())) == limit for label, limit in limits.items()):
+        drawn = method.images or method.steps * method.positives
+        known = range(data.outputs) if data.outputs is not None and data.meaning is None else None
+        own = set(tasks.labels) if tasks else set(known or ())
+        parts: list[tuple[Any, Tensor, Any]] = []
+        first: list[int] = []  # the label that each sample is kept for
+        number: dict[int, int] = {}
+        for inputs, labels, targets in data.batches():
+            affordable = POOL_BYTES // 2 // max(1, nbytes(pick(inputs, torch.tensor([0]))))
+            limit = {True: affordable // max(1, len(own)), False: affordable // max(1, len(known or number))}
+            limit = {mine: min(drawn, max(4, most)) for mine, most in limit.items()}
+            chosen = []
+            for place, every in enumerate(labels.tolist()):
+                for label in [every] if labels.dim() == 1 else [x for x, yes in enumerate(every) if yes]:
+                    if number.get(label, 0) < limit[not own or label in own]:
+                        number[label] = number.get(label, 0) + 1
+                        chosen.append(place)
+                        first.append(label)
+                        break
+            if chosen:
+                places = torch.tensor(chosen)
+                parts.append((pick(inputs, places), labels[places], pick(targets, places)))
+            if known and all(number.get(label, 0) >= limit[label in own] for label in known):
                 break
-        stretches, end = {}, 0
-        for label in sorted(kept):
-            stretches[label] = (end, end + len(kept[label]))
-            end += len(kept[label])
-        labels = torch.tensor([label for label in stretches for _ in kept[label]])
-        return cls(torch.stack([image for label in stretches for image in kept[label]]), labels, stretches)
+        order = torch.tensor(first).argsort(stable=True)
+        inputs, labels, targets = (pick(join(part), order) for part in zip(*parts, strict=True))
+        return cls(inputs, labels, targets)
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def tasks(self, tasks: Tasks | None, method: Method) -> Tasks:
         """The given tasks or all labels of the pool, checked to have the samples that the method needs."""
+        labels = shown_in(self.labels)
         if tasks is not None:
-            _check_shown([label in self.stretches for label in tasks.labels], tasks)
-        if method.negatives and len(self.stretches) < 2:
+            _check_shown([label in labels for label in tasks.labels], tasks)
+        tasks = tasks or Tasks.of(labels)
+        if method.negatives and any(bool(has(self.labels, label).all()) for label in tasks.labels):
             raise LearningError(
                 f"{method.name} needs samples of at least two labels, for contrast, got label "
-                f'{next(iter(self.stretches))} only; show it more of the data, or use method="class-only"'
+                f'{labels[0]} only; show it more of the data, or use method="class-only"'
             )
-        return tasks or Tasks.of(list(self.stretches))
+        return tasks
+
+    def parted(self, every: int) -> tuple[Pool, Pool]:
+        """Two pools: all but every so-manieth sample, and those."""
+        held = torch.arange(len(self)) % every == every - 1
+        return self.part(~held), self.part(held)
+
+    def part(self, chosen: Tensor) -> Pool:
+        return Pool(pick(self.inputs, chosen), self.labels[chosen], pick(self.targets, chosen))
+
+    def batch(self, places: Tensor, rows: Tensor, classes: Tensor, positive: Tensor, done: int, total: int) -> Batch:
+        samples = Samples(rows, classes, positive, pick(self.targets, places))
+        return Batch(pick(self.inputs, places), places.tolist(), samples, done, total)
 
 
 def balanced_batches(
-    pool: Pool, tasks: Tasks, method: Method, seed: int, chunk: int = 0, chunks: int = 1
+    pool: Pool, data: Data, tasks: Tasks, method: Method, seed: int, chunk: int = 0, chunks: int = 1
 ) -> Iterator[Batch]:
-    """`steps` batches with `positives` samples of each task and `negatives` of any other label.
+    """`steps` batches with `positives` samples of each task and `negatives` of others.
 
     chunk, chunks: which part of all tasks this is, for progress.
     """
-    draws = [_draws(pool, int(label), method, generator(seed, label)) for label in tasks.labels]
-    device = pool.images.device
+    draws = [_draws(pool, label, method, generator(seed, label)) for label in tasks.labels]
     rows = torch.arange(len(tasks)).repeat_interleave(method.positives + method.negatives)
-    classes = torch.tensor([int(label) for label in tasks.labels])[rows]
+    classes = torch.stack([data.classes(label) for label in tasks.labels])[rows]
+    positive = (torch.arange(method.positives + method.negatives) < method.positives).repeat(len(tasks))
     for step in range(method.steps):
-        chosen = torch.cat([draw[step] for draw in draws])  # (samples,) places in the pool
-        unique, picked = chosen.unique(return_inverse=True)
-        samples = Samples(rows.to(device), classes.to(device), (pool.labels[chosen] == classes).to(device))
-        yield Batch(
-            pool.images[unique.to(device)],
-            picked.to(device),
-            samples,
-            chunk * method.steps + step + 1,
-            chunks * method.steps,
-        )
+        places = torch.cat([draw[step] for draw in draws])  # (samples,)
+        done, total = chunk * method.steps + step + 1, chunks * method.steps
+        yield pool.batch(places, rows, classes, positive, done, total)
 
 
-def _draws(pool: Pool, label: int, method: Method, random: torch.Generator) -> Tensor:
-    """(steps, positives + negatives) places in the pool: own images in shuffled rounds, others uniformly."""
-    first, end = pool.stretches[label]
+def each_batches(
+    pool: Pool, data: Data, tasks: Tasks, method: Method, seed: int
+) -> Iterator[tuple[Tensor, Iterator[Batch]]]:
+    """(row of the task of each sample, `steps` times the same batch), a row of gates for each sample."""
+    places, rows = [], []
+    for row, label in enumerate(tasks.labels):
+        mine = has(pool.labels, label).nonzero()[:, 0]
+        chosen = mine[torch.randperm(len(mine), generator=generator(seed, label))[: method.positives]]
+        places.append(chosen)
+        rows.append(torch.full_like(chosen, row))
+    classes = torch.stack([data.classes(label) for label in tasks.labels])
+    parts = list(zip(torch.cat(places).split(SAMPLES_PER_PASS), torch.cat(rows).split(SAMPLES_PER_PASS), strict=True))
+    total = len(parts) * method.steps
+    for number, (chosen, row) in enumerate(parts):
+        own, yes = torch.arange(len(chosen)), torch.ones(len(chosen), dtype=torch.bool)
+        done = number * method.steps
+        yield row, (pool.batch(chosen, own, classes[row], yes, done + step + 1, total) for step in range(method.steps))
+
+
+def _draws(pool: Pool, label: Label, method: Method, random: torch.Generator) -> Tensor:
+    """(steps, positives + negatives) places in the pool: own samples in shuffled rounds, others uniformly."""
+    mine = has(pool.labels, label)
+    own, others = mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]
     number = method.steps * method.positives
-    rounds = -(-number // (end - first))
-    own = torch.cat([torch.randperm(end - first, generator=random) for _ in range(rounds)])[:number] + first
-    others = max(1, len(pool.labels) - (end - first))
-    negative = torch.randint(others, (method.steps, method.negatives), generator=random)
-    negative = negative + (negative >= first) * (end - first)  # step over the stretch of the label's own
-    return torch.cat([own.reshape(method.steps, method.positives), negative], 1)
+    rounds = -(-number // len(own))
+    positive = torch.cat([own[torch.randperm(len(own), generator=random)] for _ in range(rounds)])[:number]
+    drawn = torch.randint(max(1, len(others)), (method.steps, method.negatives), generator=random)
+    return torch.cat([positive.reshape(method.steps, method.positives), others[drawn]], 1)
 
 
 def _check_shown(shown: list[int] | list[bool], tasks: Tasks) -> None:

@@ -306,6 +306,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 vars(module)[name] = value
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for weights inside; flags and the random state as found afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with undisturbed(model):
+            yield
+    finally:
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """(batch, classes) of whatever a classifier returns: a tensor, or a tuple that begins with it."""
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(first, Tensor) or first.dim() != 2:
+        got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise ModelError(f"expected a classifier that puts out (batch, classes), got {got}")
+    return first
+
+
 OF_EVERY_MODULE = set(vars(nn.Module()))
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..effects import Setting, setting
 from ..errors import NadhooksError
 from ..hooking import on_site
-from ..learning import logits_of
 from ..masks import Masks
 from ..segments import Cut, Replay, gated, unit_part
 from ..sites import Site
+from ..tracing import logits_of
 from ..wiring import INPUT, OUTPUT
 
 Shut = Mapping[str, Tensor]  # {site: units that are closed}

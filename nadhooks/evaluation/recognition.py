@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import objectives
+from ..batching import moved
 from ..errors import DataError, TaskError
 from ..gates import Gates
-from ..learning import frozen, logits_of
 from ..masks import Masks
-from ..sampling import read
+from ..objectives import Output
+from ..sampling import Data, has, read
+from ..tasks import Label
+from ..tracing import call_model, frozen, logits_of
+
+MEASURES = ("recall", "fpr", "auc", "fpr95")
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,16 @@ def recognition(
     loader: Iterable[Any],
     masks: Masks | None = None,
     *,
+    outputs: Mapping[Label, Sequence[int]] | None = None,
+    output: Output = "softmax",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Recognition]:
     """Figures for every task of `masks`, each class's own gates applied to all of the loader's images.
 
     gates: attached to the model at the masks' sites; without masks, the full network is measured for the gates' tasks.
     loader: yields (inputs, labels), read once; labels of the tasks and others. The gates are given back as found.
-    progress: called with (tasks done, tasks).
+    outputs: {label: indices of the outputs} that say yes to a task, where labels are not outputs themselves. output:
+        "softmax", or "sigmoid" where a sample may be of several classes. progress: called with (tasks done, tasks).
 
     Raises DataError where a task has no images or no others; ImportError for scikit-learn, which computes the curves.
     """
@@ -53,35 +62,40 @@ def recognition(
 
     tasks = masks.task_rows if masks is not None else gates.task_rows
     model = gates.attached()
-    batches = [(images, labels) for images, labels in read(loader)]
+    batches = [(inputs, labels) for inputs, labels, _ in read(loader)]
     if not batches:
         raise DataError("expected a loader of (inputs, labels) batches, got an empty one")
     labels = torch.cat([labels for _, labels in batches])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     figures = []
 
-    def outputs() -> Tensor:
-        return torch.cat([logits_of(model(images.to(device))).cpu() for images, _ in batches])
+    def answered() -> Tensor:
+        return torch.cat([logits_of(call_model(model, moved(inputs, device))).cpu() for inputs, _ in batches])
 
     before = gates.masks()
     with frozen(model), torch.no_grad():
-        full = outputs() if masks is None else None
+        full = answered() if masks is None else None
         try:
             if masks is not None:
                 gates.load(masks)
             for row, (label, name) in enumerate(zip(tasks.labels, tasks.names, strict=True)):
                 if not isinstance(label, int):
                     raise TaskError(f"task {name}: expected a label that is an output of the model, got {label!r}")
-                own = labels.eq(label)
+                own = has(labels, label)
                 if not own.any() or own.all():
                     raise DataError(f"task {name}: expected images of this class and of others, got one of them only")
                 if full is None:
                     with gates(name):
-                        answers = outputs()
+                        answers = answered()
                 else:
                     answers = full
-                score = answers.double().log_softmax(1)[:, label]  # (images,)
-                said = answers.argmax(1).eq(label)
+                classes = (
+                    Data(loader, answers.shape[1], device, outputs)
+                    .classes(label)
+                    .expand(len(own), *[-1] * bool(outputs))
+                )
+                score = objectives.log_probability(answers.double(), classes, output)  # (images,)
+                said = objectives.correct(answers, classes, output)
                 wrongly, rightly, _ = roc_curve(own, score)
                 figures.append(
                     Recognition(

@@ -1,0 +1,94 @@
+"""Inputs as loaders yield them: a tensor, a list with an entry for each sample, or a tuple or dict of such."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def size(inputs: Any) -> int | None:
+    """How many samples there are; None if parts differ in it or there is no part."""
+    sizes = {len(part) for part in _parts(inputs) if isinstance(part, list) or part.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def pick(inputs: Any, places: Tensor) -> Any:
+    """The samples at these places, (n,) indices or (samples,) booleans, in the same form."""
+    return _by_part(inputs, lambda part: part[places.to(part.device)], lambda part: [part[i] for i in _whole(places)])
+
+
+def join(batches: Sequence[Any]) -> Any:
+    """Batches of one form, one after the other."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, list):
+        return [sample for batch in batches for sample in batch]
+    if isinstance(first, tuple):
+        return tuple(join(parts) for parts in zip(*batches, strict=True))
+    if isinstance(first, dict):
+        return {key: join([batch[key] for batch in batches]) for key in first}
+    return first
+
+
+def singles(inputs: Any, samples: int) -> list[Any]:
+    """Every sample as a batch of its own, in memory of its own: a view would keep its whole batch."""
+    return [pick(inputs, torch.tensor([place])) for place in range(samples)]
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)
+
+
+def in_memory_format(inputs: Any, memory_format: torch.memory_format) -> Any:
+    """Images of 4 axes in another order of memory."""
+
+    def change(x: Tensor) -> Tensor:
+        # `contiguous` would leave tensors of one channel as they are, and convolutions in the slower order
+        return torch.empty_like(x, memory_format=memory_format).copy_(x) if x.dim() == 4 else x
+
+    return pytree.tree_map_only(Tensor, change, inputs)
+
+
+def nbytes(inputs: Any) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
+def digest(inputs: Any) -> bytes:
+    """What a sample is known by again: a hash of its tensors."""
+    known = hashlib.blake2b(digest_size=16)
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor):
+            known.update(str(leaf.shape).encode())
+            known.update(leaf.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            known.update(repr(leaf).encode())
+    return known.digest()
+
+
+def _parts(inputs: Any) -> list[Any]:
+    if isinstance(inputs, (Tensor, list)):
+        return [inputs]
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else ()
+    return [part for value in values for part in _parts(value)]
+
+
+def _by_part(inputs: Any, tensor: Callable[[Tensor], Any], samples: Callable[[list[Any]], Any]) -> Any:
+    if isinstance(inputs, Tensor):
+        return tensor(inputs) if inputs.dim() else inputs
+    if isinstance(inputs, list):
+        return samples(inputs)
+    if isinstance(inputs, tuple):
+        return tuple(_by_part(part, tensor, samples) for part in inputs)
+    if isinstance(inputs, dict):
+        return {key: _by_part(part, tensor, samples) for key, part in inputs.items()}
+    return inputs
+
+
+def _whole(places: Tensor) -> list[int]:
+    return (places.nonzero()[:, 0] if places.dtype == torch.bool else places).tolist()

@@ -1,0 +1,122 @@
+"""A run of learning on disk, so that it can go on after it was stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from .errors import LearningError
+from .formats.writing import write_bytes
+
+KEY = "nadhooks-run"
+VERSION = 1
+
+Table = Mapping[str, Tensor]
+
+
+class Stand(NamedTuple):
+    """How far a phase is: scores and the update's memory before that step, counted from 0; finished if it is -1."""
+
+    step: int
+    scores: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+class Checkpoint:
+    """Where a run of several phases stands: each phase a loop over steps, in the same order whenever it is run.
+
+    path: a safetensors file, None for nowhere. every: seconds between writings. run: what must be the same for the run
+    to go on.
+
+    Raises LearningError for a file that is no checkpoint or that of another run.
+    """
+
+    def __init__(self, path: str | PathLike[str] | None, every: float, run: Mapping[str, Any]):
+        self.path = None if path is None else Path(path)
+        self.every, self.run = every, json.loads(json.dumps(run))
+        self.phases: list[Stand] = []
+        self.phase = -1
+        self.written = time.monotonic()
+        if self.path is not None and self.path.exists():
+            self.phases = self._read(self.path)
+        elif self.path is not None and not self.path.parent.is_dir():
+            raise LearningError(f"checkpoint: {self.path.parent} is not a directory")
+
+    def begin(self, scores: Table) -> Stand:
+        """The next phase: from its first step on, or where it stood."""
+        self.phase += 1
+        if self.phase < len(self.phases):
+            stand = self.phases[self.phase]
+            moved = [{name: x.to(scores[name]) for name, x in part.items()} for part in (stand.scores, stand.state)]
+            return Stand(stand.step, *moved)
+        self.phases.append(Stand(0, dict(scores), {}))
+        return self.phases[-1]
+
+    def note(self, index: int, scores: Table, state: Table) -> None:
+        """After so many steps of the phase; -1 when it is finished. Writes if it is time to."""
+        if self.path is None:
+            return
+        self.phases[self.phase] = Stand(index, dict(scores), {} if index < 0 else dict(state))
+        if time.monotonic() - self.written >= self.every:
+            self.write()
+
+    def write(self) -> None:
+        if self.path is None or not self.phases:
+            return
+        tensors = {
+            f"{number}/{part}/{name}": x.detach().cpu().contiguous()
+            for number, stand in enumerate(self.phases)
+            for part, table in (("scores", stand.scores), ("state", stand.state))
+            for name, x in table.items()
+        }
+        steps = [stand.step for stand in self.phases]
+        told = {KEY: json.dumps({"version": VERSION, "run": self.run, "steps": steps}, sort_keys=True)}
+        try:
+            write_bytes(self.path, safetensors.torch.save(tensors, told))
+        except OSError as error:
+            raise LearningError(f"cannot write the checkpoint {self.path}: {error.strerror}") from error
+        self.written = time.monotonic()
+
+    def described(self) -> str:
+        """What there is to go on from, after a failure."""
+        there = self.path is not None and self.path.exists()
+        return f"the last good state is in {self.path}" if there else ""
+
+    def remove(self) -> None:
+        """When the run is over."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> list[Stand]:
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                told = json.loads((file.metadata() or {})[KEY])
+                steps: list[int] = told["steps"]
+                phases = [Stand(index, {}, {}) for index in steps]
+                for key in file.keys():  # noqa: SIM118  # it is no mapping
+                    number, part, name = key.split("/", 2)
+                    getattr(phases[int(number)], part)[name] = file.get_tensor(key)
+        except Exception as error:  # of many kinds
+            raise LearningError(f"{path} is not a checkpoint of nadhooks: {error}; name another file") from error
+        found: dict[str, Any] = told["run"]
+        if told.get("version") != VERSION or found != self.run:
+            differs = [name for name in {**self.run, **found} if found.get(name) != self.run.get(name)]
+            name = (differs or ["version"])[0]
+            raise LearningError(
+                f"{path} is the checkpoint of another run: its {name} is {_short(found.get(name))}, here "
+                f"{_short(self.run.get(name))}; delete it to begin anew, or name another file"
+            )
+        return phases
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

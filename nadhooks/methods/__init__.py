@@ -1,0 +1,53 @@
+"""How masks are learnt: a `Method` is an objective, an estimator and an update, plain callables each.
+
+`nad` is the authors' algorithm; `class_only` and `contrastive` are the recipe that we measured to be better and faster;
+`random`, `activation`, `taylor` and `routing` learn nothing, for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..budgets import Budget
+from .authors import nad
+from .baselines import activation, random, routing, taylor
+from .estimators import hard_concrete, momentum_step, normalised_step, sigmoid, straight_through_topk
+from .fidelity import class_only, contrastive, from_objective
+from .parts import Estimator, Losses, Method, Objective, Pass, Samples, Step, Table, Update
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "nad": nad,
+    "class-only": class_only,
+    "contrastive": contrastive,
+    "random": random,
+    "activation": activation,
+    "taylor": taylor,
+    "routing": routing,
+}
+
+__all__ = [
+    "METHODS",
+    "Budget",
+    "Estimator",
+    "Losses",
+    "Method",
+    "Objective",
+    "Pass",
+    "Samples",
+    "Step",
+    "Table",
+    "Update",
+    "activation",
+    "class_only",
+    "contrastive",
+    "from_objective",
+    "hard_concrete",
+    "momentum_step",
+    "nad",
+    "normalised_step",
+    "random",
+    "routing",
+    "sigmoid",
+    "straight_through_topk",
+    "taylor",
+]

@@ -1,0 +1,113 @@
+"""From scores to gates and from gradients to scores: estimators, updates, first scores and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .parts import Estimator, Step, Table, Update
+
+# --- estimators: scores -> gates in [0, 1] ---------------------------------------------------------------------------
+
+
+def sigmoid(scores: Table, step: Step) -> Table:
+    """Soft gates, with no regard to any budget."""
+    return {site: score.sigmoid() for site, score in scores.items()}
+
+
+def straight_through_topk(scores: Table, step: Step) -> Table:
+    """Hard gates of the highest scores within the budget; gradients pass to the scores unchanged."""
+    hard = step.best(scores)
+    return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
+
+
+def hard_concrete(temperature: float = 2 / 3, stretch: tuple[float, float] = (-0.1, 1.1)) -> Estimator:
+    """Random gates, many of them exactly 0 or 1 (Louizos et al., ICLR 2018), around the threshold that the budget sets.
+
+    In the end the hard gates of the highest scores.
+    """
+    low, high = stretch
+
+    def estimator(scores: Table, step: Step) -> Table:
+        hard = step.best(scores)
+        if step.final:
+            return hard
+        kept = torch.cat([score.detach().masked_fill(hard[site] == 0, torch.inf) for site, score in scores.items()], 1)
+        threshold = kept.amin(1, keepdim=True)  # (tasks, 1)
+        gates = {}
+        for site, noise in step.noise().items():
+            u = noise.clamp(1e-6, 1 - 1e-6)
+            soft = ((u.log() - (1 - u).log() + scores[site] - threshold) / temperature).sigmoid()
+            gates[site] = (soft * (high - low) + low).clamp(0, 1)
+        return gates
+
+    return estimator
+
+
+def ranking(scores: Table, step: Step) -> Table:
+    """Open gates, exactly, while gradients are gathered in the scores; then the hard gates of the highest."""
+    if step.final:
+        return step.best(scores)
+    return {site: 1 + (score - score.detach()) for site, score in scores.items()}
+
+
+# --- updates: change scores in place ---------------------------------------------------------------------------------
+
+
+def normalised_step(lr: float) -> Update:
+    """scores −= lr · gradient / ‖gradient‖₂, the norm over one task's units of one site."""
+
+    def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
+        for site, gradient in gradients.items():
+            scores[site] -= lr * F.normalize(gradient, dim=1)
+
+    return update
+
+
+def momentum_step(momentum: float) -> Update:
+    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task and site; scores −= ½(1 + cos(π s/S)) m."""
+
+    def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
+        rate = (1 + math.cos(math.pi * step.index / step.total)) / 2
+        for site, gradient in gradients.items():
+            direction = math.sqrt(gradient.shape[1]) * F.normalize(gradient, dim=1)
+            state[site] = momentum * state[site] + direction if site in state else direction
+            scores[site] -= rate * state[site]
+
+    return update
+
+
+def gather(scores: Table, gradients: Table, step: Step, state: Table) -> None:
+    """scores −= gradient: what the loss loses, to first order, when a gate closes."""
+    for site, gradient in gradients.items():
+        scores[site] -= gradient
+
+
+# --- first scores: (units, the task's own randomness) -> (units,) ----------------------------------------------------
+
+
+def normal(units: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(units, generator=generator, dtype=torch.float64)
+
+
+def near_zero(units: int, generator: torch.Generator) -> Tensor:
+    """Ties broken by chance: the first units to be closed would all be those of the last site."""
+    return 1e-3 * normal(units, generator)
+
+
+def zeros(units: int, generator: torch.Generator) -> Tensor:
+    return torch.zeros(units, dtype=torch.float64)
+
+
+# --- schedules: what part of that which is to be closed is open still ------------------------------------------------
+
+
+def cubic(index: int, total: int) -> float:
+    """From near 1 to 0 along a cubic over the first 70 % of the steps (Zhu and Gupta's pruning schedule, 2017).
+
+    Never 1: with every gate open the loss has no gradient, and a normalised step would be one of rounding errors.
+    """
+    return (1 - min(1.0, (index + 1) / (0.7 * total))) ** 3

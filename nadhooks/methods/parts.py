@@ -1,0 +1,114 @@
+"""What a learning method is made of, and what its parts are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..batching import pick
+from ..errors import LearningError
+from ..objectives import Output
+
+Table = dict[str, Tensor]  # {site: (tasks, units)}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: what the model put out, and what left each site, {site: (samples, units, positions)}.
+
+    outputs: (samples, classes) logits of a classifier; whatever another model returns.
+    """
+
+    outputs: Any
+    sites: Mapping[str, Tensor]
+
+    def take(self, samples: Tensor) -> Pass:
+        """Some samples only: (n,) indices or (samples,) booleans. The open network computes just those, if need be."""
+        return Pass(pick(self.outputs, samples), {name: x[samples] for name, x in self.sites.items()})
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which sample went through whose gates.
+
+    rows: (samples,) the task's row. positive: (samples,) bool, the sample is of that task. classes: which outputs of
+    the model say yes to the task: (samples,) the one output, or (samples, outputs) booleans; the label where outputs
+    are no classes. targets: what the loader yielded third, if it did.
+    """
+
+    rows: Tensor
+    classes: Tensor
+    positive: Tensor
+    targets: Any = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the learning stands: step number `index` of `total`; afterwards, for the final gates, index is total.
+
+    left: what part of that which is to be closed is open still. best: hard gates of the highest scores within the
+    budget at this step. noise: uniform random numbers of the tasks' own, {site: (tasks, units)}.
+    """
+
+    index: int
+    total: int
+    left: float
+    best: Callable[[Table], Table]
+    noise: Callable[[], Table]
+
+    @property
+    def final(self) -> bool:
+        return self.index >= self.total
+
+
+Losses = Tensor | Mapping[str, Tensor]  # (tasks,), or terms that add up to the loss, each (tasks,)
+Objective = Callable[[Pass, Pass, Samples, Table], Losses]  # student, teacher, samples, gates -> one loss for each task
+Estimator = Callable[[Table, Step], Table]  # scores -> gates, through which gradients flow
+Update = Callable[
+    [Table, Table, Step, Table], None
+]  # scores, gradients, step, state: changes scores and state in place
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn masks: an objective, an estimator of gates, an update of scores, and how samples are drawn.
+
+    sampling: "own", each task's samples `epochs` times from the loader in batches of `batch`; "balanced", in each of
+        `steps` draws `positives` of every task and `negatives` of others, from up to `images` of each label in memory;
+        "each", `positives` samples of every task, gates for each sample, averaged over them after `steps` steps.
+    schedule: (step, steps) -> what part of that which is to be closed is open still.
+    output: what the objective takes outputs for: "softmax" classes, of which a sample has one, "sigmoid" classes, of
+        which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`.
+    keep: the share kept where nothing else is said; None where it follows from the objective.
+    """
+
+    name: str
+    objective: Objective
+    estimator: Estimator
+    update: Update
+    initial: Callable[[int, torch.Generator], Tensor]
+    sampling: Literal["own", "balanced", "each"]
+    closed: Literal["zero", "mean"]
+    keep: float | None
+    schedule: Callable[[int, int], float] = lambda index, total: 0.0
+    output: Output = "softmax"
+    compares: bool = True
+    epochs: int = 1
+    batch: int = 16
+    steps: int = 0
+    positives: int = 0
+    negatives: int = 0
+    images: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        needed = ("epochs", "batch") if self.sampling == "own" else ("steps", "positives")
+        for name in needed:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise LearningError(f"{self.name}: expected {name} of at least 1, got {getattr(self, name)!r}")
+        if self.output not in ("softmax", "sigmoid", "any"):
+            raise LearningError(f"{self.name}: expected output 'softmax', 'sigmoid' or 'any', got {self.output!r}")

@@ -1,0 +1,103 @@
+"""How far a run is: what `learn` reports after each step, and where reports can go."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import LearningError
+
+
+class Progress(NamedTuple):
+    """One report. Means are over the tasks of the step.
+
+    done: of `total`, steps or (for methods that follow the loader) batches read; total is 0 where the loader does not
+        know its length. loss: of which `terms` are the parts. samples: that went through gates so far.
+    seconds_left: at the pace so far; None at the beginning and where the total is unknown. kept: share of units whose
+        gate is above 0.5. held_out: {measure: mean} on held-out samples, ten times in a run, otherwise empty.
+    """
+
+    done: int
+    total: int
+    loss: float
+    samples: int = 0
+    seconds_left: float | None = None
+    terms: Mapping[str, float] = {}
+    kept: float = 1.0
+    held_out: Mapping[str, float] = {}
+
+    def numbers(self) -> dict[str, float]:
+        """Everything under one name each, for logs."""
+        held_out = {f"held-out {name}": value for name, value in self.held_out.items()}
+        left = {} if self.seconds_left is None else {"seconds_left": self.seconds_left}
+        counted: dict[str, float] = {"loss": self.loss, "samples": self.samples, "kept": self.kept}
+        return {**counted, **left, **self.terms, **held_out}
+
+
+Report = Callable[[Progress], None]
+
+
+class Clock:
+    """Seconds left, at the pace since the first step."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+
+    def left(self, done: int, total: int) -> float | None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done, now
+        begun, at = self.first
+        return (now - at) / (done - begun) * (total - done) if total and done > begun else None
+
+
+def every_report(progress: Report | Iterable[Report] | None) -> list[Report]:
+    if progress is None:
+        return []
+    return [progress] if callable(progress) else list(progress)
+
+
+def csv_log(path: str | PathLike[str]) -> Report:
+    """`learn(..., progress=csv_log("run.csv"))` adds a row to the file for each step: step, measure, value.
+
+    A file that is there already is gone on with. Raises LearningError where it cannot be written.
+    """
+    file = Path(path)
+    try:
+        with file.open("a", newline="") as opened:
+            if opened.tell() == 0:
+                csv.writer(opened, lineterminator="\n").writerow(["step", "measure", "value"])
+    except OSError as error:
+        raise LearningError(f"cannot write the log {file}: {error.strerror}") from error
+
+    def report(progress: Progress) -> None:
+        with file.open("a", newline="") as opened:
+            rows = csv.writer(opened, lineterminator="\n")
+            rows.writerows([progress.done, name, f"{value:.6g}"] for name, value in progress.numbers().items())
+
+    return report
+
+
+def tensorboard_log(writer: Any) -> Report:
+    """`learn(..., progress=tensorboard_log("runs/first"))` writes every number to TensorBoard.
+
+    writer: a folder, or a `torch.utils.tensorboard.SummaryWriter` of yours. Raises LearningError without the package
+    tensorboard.
+    """
+    if isinstance(writer, (str, PathLike)):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise LearningError("logging to TensorBoard needs its package: pip install tensorboard") from error
+        writer = SummaryWriter(str(writer))
+
+    def report(progress: Progress) -> None:
+        for name, value in progress.numbers().items():
+            writer.add_scalar(name.replace(" ", "/", 1), value, progress.done)
+        writer.flush()
+
+    return report
