@@ -157,6 +157,7 @@ class _Rows:
         self.passing: list[Hashable] = []
         self.staying = 0  # rows
         self.tables: list[Tensor] = []
+        self.orders: list[list[int]] = []  # of axes in memory: mixing orders would slow down what is computed from them
 
     def missing(self, keys: Sequence[Hashable]) -> list[int]:
         """Where in the list those stand that are not here, each once."""
@@ -172,13 +173,17 @@ class _Rows:
         self.forget_passing()
         new = self.missing(keys)
         if not self.tables:
-            self.tables = [value.new_empty(0, *value.shape[1:]) for value in values]
+            self.orders = [sorted(range(1, x.dim()), key=lambda axis: -x.stride(axis)) for x in values]
+            self.tables = [
+                x.new_empty(0, *x.permute(0, *order).shape[1:]) for x, order in zip(values, self.orders, strict=True)
+            ]
         end = self.staying + len(new)
         most = self.room // max(1, sum(value[0].nbytes for value in values))  # rows that may stay
         if end > len(self.tables[0]):
             rows = max(end, min(2 * self.staying, most + len(new)))
             self.tables = [_longer(table, self.staying, rows) for table in self.tables]
-        for table, value in zip(self.tables, values, strict=True):
+        for table, value, order in zip(self.tables, values, self.orders, strict=True):
+            value = value.permute(0, *order)
             table[self.staying : end] = value if len(new) == len(keys) else value[torch.tensor(new, dtype=torch.long)]
         self.places.update((keys[place], self.staying + row) for row, place in enumerate(new))
         fit = min(max(0, most - self.staying), len(new))
@@ -187,7 +192,10 @@ class _Rows:
 
     def of(self, keys: Sequence[Hashable]) -> list[Tensor]:
         rows = torch.tensor([self.places[key] for key in keys], dtype=torch.long, device=self.tables[0].device)
-        return [table.index_select(0, rows) for table in self.tables]
+        return [
+            table.index_select(0, rows).permute(0, *(order.index(axis) + 1 for axis in sorted(order)))
+            for table, order in zip(self.tables, self.orders, strict=True)
+        ]
 
 
 def _longer(table: Tensor, used: int, rows: int) -> Tensor:
