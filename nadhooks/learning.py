@@ -153,19 +153,23 @@ def learn(
 class _Learner:
     gates: Gates
     data: Data
-    method: Method
+    asked: Method
     selection: Selection | None
     closed: Closed
     seed: int
     teacher: Teacher
     reports: Sequence[Report]
     held_out: Data | None
+    method: Method = field(init=False)  # with as many steps as it takes now
     tasks: Tasks = field(init=False)
     checkpoint: Checkpoint = field(init=False)
     pool: Pool | None = None  # samples in memory, for balanced draws
     held: Pool | None = None  # others, that fidelity is measured on
     first: Table | None = None  # scores of a warm start
     curve: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.method = self.asked
 
     # --- data ---
 
@@ -210,7 +214,7 @@ class _Learner:
                     f"start: {method.name!r} and {self.method.name!r} see data in different ways; "
                     "start from masks that one of them learnt, or from a baseline"
                 )
-            found = replace(self, method=method, reports=[], first=None)
+            found = replace(self, asked=method, reports=[], first=None)
             found.tasks, found.checkpoint = self.tasks, self.checkpoint
             scores = _ranks(found.scores(self.selection))
         self.first = {name: value.to(self.gates.logits[name]) for name, value in scores.items()}
@@ -229,6 +233,8 @@ class _Learner:
 
     def scores(self, selection: Selection | None) -> Table:
         """What the method learns for all tasks, with so much to keep."""
+        if selection is not None:
+            self.method = self.asked.paced(float(selection.targets.min()))
         method, data, labels = self.method, self.data, self.tasks.labels
         if method.sampling == "own":
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)

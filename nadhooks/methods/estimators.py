@@ -68,13 +68,14 @@ def normalised_step(lr: float) -> Update:
 
 
 def momentum_step(momentum: float) -> Update:
-    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task and site; scores −= ½(1 + cos(π s/S)) m."""
+    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task, over all sites; scores −= ½(1 + cos(π s/S)) m."""
 
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
         rate = (1 + math.cos(math.pi * step.index / step.total)) / 2
+        everything = torch.cat(list(gradients.values()), 1)  # (tasks, all units)
+        scale = math.sqrt(everything.shape[1]) / everything.norm(dim=1, keepdim=True).clamp(min=1e-12)
         for site, gradient in gradients.items():
-            direction = math.sqrt(gradient.shape[1]) * F.normalize(gradient, dim=1)
-            state[site] = momentum * state[site] + direction if site in state else direction
+            state[site] = momentum * state[site] + scale * gradient if site in state else scale * gradient
             scores[site] -= rate * state[site]
 
     return update

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -83,7 +83,8 @@ class Method:
     schedule: (step, steps) -> what part of that which is to be closed is open still.
     output: what the objective takes outputs for: "softmax" classes, of which a sample has one, "sigmoid" classes, of
         which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`.
-    keep: the share kept where nothing else is said; None where it follows from the objective.
+    keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share other
+        than 0.55, `steps` times (0.55 / share) to this power, at least a quarter and at most ten times as many.
     """
 
     name: str
@@ -100,10 +101,15 @@ class Method:
     epochs: int = 1
     batch: int = 16
     steps: int = 0
+    pace: float = 0.0
     positives: int = 0
     negatives: int = 0
     images: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def paced(self, share: float) -> Method:
+        """With as many steps as so much to close takes."""
+        return replace(self, steps=round(self.steps * min(10.0, max(0.25, (0.55 / share) ** self.pace))))
 
     def __post_init__(self) -> None:
         needed = ("epochs", "batch") if self.sampling == "own" else ("steps", "positives")
