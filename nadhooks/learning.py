@@ -132,8 +132,9 @@ def learn(
             run = {
                 "method": method.name,
                 "options": dict(method.options),
-                "keep": None if budget is None else budget.described(),
-                **({} if fidelity is None else {"fidelity": fidelity}),
+                **({"fidelity": fidelity} if fidelity is not None else {"keep": budget and budget.described()}),
+                **({} if start is None else {"start": _origin(start)}),
+                **({} if autocast is None else {"autocast": str(autocast).removeprefix("torch.")}),
                 "seed": seed,
                 "sites": gates.chosen_by,
                 **({"weights": weights} if (weights := weights_of(model)) else {}),
@@ -531,12 +532,22 @@ def _method(method: str | Method | Objective) -> Method:
     raise NadhooksError(f"method: expected {', '.join(map(repr, METHODS))}, a Method or an objective, got {method!r}")
 
 
+def _origin(start: str | Method | Masks) -> dict[str, Any]:
+    """What first scores were taken from, for a file."""
+    if isinstance(start, Masks):
+        told = ("method", "options", "keep", "fidelity", "seed")
+        return {name: start.provenance[name] for name in told if name in start.provenance}
+    method = _method(start)
+    return {"method": method.name, "options": dict(method.options)}
+
+
 def _budget(keep: float | int | Budget | None, fidelity: float | None, method: Method) -> Budget | None:
     asked = {name: value for name, value in (("keep", keep), ("fidelity", fidelity)) if value is not None}
     if len(asked) == 2:
         raise NadhooksError("expected keep= or fidelity=, got both: fidelity decides how much is kept")
     if asked and method.keep is None:
         name, value = asked.popitem()
+        value = value.keep if isinstance(value, Budget) else value
         raise NadhooksError(
             f"{name}: with {method.name!r} the share that is kept follows from its options, got {name}={value}"
         )
