@@ -105,6 +105,8 @@ def learn(
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     method = _method(method)
     budget = _budget(keep, fidelity, method)
+    if fidelity is not None and method.ranks and method.output == "any":
+        method = replace(method, output="softmax")  # its objective measures no distance from the full network
     closed = method.closed if closed is None else closed
     check_closed(closed)
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
@@ -183,8 +185,12 @@ class _Learner:
             if means:
                 self.gates.calibrate(inputs for inputs, _, _ in self.data.batches())
             return
-        self.pool = Pool.of(self.data, given and self.data.tasks(given), self.method)
-        if fidelity is not None and self.held_out is None:
+        method, parted = self.method, fidelity is not None and self.held_out is None
+        if parted:  # enough of each label for both parts, also where a method itself wants few
+            drawn = method.images or method.steps * method.positives
+            method = replace(method, images=max(drawn, HELD_OUT * HELD_OUT_DRAWS["positives"]))
+        self.pool = Pool.of(self.data, given and self.data.tasks(given), method)
+        if parted:
             self.pool, self.held = self.pool.parted(HELD_OUT)
         elif fidelity is not None and self.held_out is not None:
             self.held = Pool.of(self.held_out, None, replace(self.method, **HELD_OUT_DRAWS))
