@@ -105,6 +105,8 @@ def learn(
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     method = _method(method)
     budget = _budget(keep, fidelity, method)
+    if fidelity is not None and method.ranks and method.output == "any":
+        method = replace(method, output="softmax")  # its objective measures no distance from the full network
     closed = method.closed if closed is None else closed
     check_closed(closed)
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
@@ -132,8 +134,9 @@ def learn(
             run = {
                 "method": method.name,
                 "options": dict(method.options),
-                "keep": None if budget is None else budget.described(),
-                **({} if fidelity is None else {"fidelity": fidelity}),
+                **({"fidelity": fidelity} if fidelity is not None else {"keep": budget and budget.described()}),
+                **({} if start is None else {"start": _origin(start)}),
+                **({} if autocast is None else {"autocast": str(autocast).removeprefix("torch.")}),
                 "seed": seed,
                 "sites": gates.chosen_by,
                 **({"weights": weights} if (weights := weights_of(model)) else {}),
@@ -186,8 +189,12 @@ class _Learner:
             if means:
                 self.gates.calibrate(inputs for inputs, _, _ in self.data.batches())
             return
-        self.pool = Pool.of(self.data, given and self.data.tasks(given), self.method)
-        if fidelity is not None and self.held_out is None:
+        method, parted = self.method, fidelity is not None and self.held_out is None
+        if parted:  # enough of each label for both parts, also where a method itself wants few
+            drawn = method.images or method.steps * method.positives
+            method = replace(method, images=max(drawn, HELD_OUT * HELD_OUT_DRAWS["positives"]))
+        self.pool = Pool.of(self.data, given and self.data.tasks(given), method)
+        if parted:
             self.pool, self.held = self.pool.parted(HELD_OUT)
         elif fidelity is not None and self.held_out is not None:
             self.held = Pool.of(self.held_out, None, replace(self.method, **HELD_OUT_DRAWS))
@@ -537,12 +544,22 @@ def _method(method: str | Method | Objective) -> Method:
     raise NadhooksError(f"method: expected {', '.join(map(repr, METHODS))}, a Method or an objective, got {method!r}")
 
 
+def _origin(start: str | Method | Masks) -> dict[str, Any]:
+    """What first scores were taken from, for a file."""
+    if isinstance(start, Masks):
+        told = ("method", "options", "keep", "fidelity", "seed")
+        return {name: start.provenance[name] for name in told if name in start.provenance}
+    method = _method(start)
+    return {"method": method.name, "options": dict(method.options)}
+
+
 def _budget(keep: float | int | Budget | None, fidelity: float | None, method: Method) -> Budget | None:
     asked = {name: value for name, value in (("keep", keep), ("fidelity", fidelity)) if value is not None}
     if len(asked) == 2:
         raise NadhooksError("expected keep= or fidelity=, got both: fidelity decides how much is kept")
     if asked and method.keep is None:
         name, value = asked.popitem()
+        value = value.keep if isinstance(value, Budget) else value
         raise NadhooksError(
             f"{name}: with {method.name!r} the share that is kept follows from its options, got {name}={value}"
         )

@@ -173,7 +173,7 @@ class _Rows:
         self.forget_passing()
         new = self.missing(keys)
         if not self.tables:
-            self.orders = [sorted(range(1, x.dim()), key=lambda axis: -int(x.stride()[axis])) for x in values]
+            self.orders = [sorted(range(1, x.dim()), key=lambda axis: -x.stride()[axis]) for x in values]
             self.tables = [
                 x.new_empty(0, *x.permute(0, *order).shape[1:]) for x, order in zip(values, self.orders, strict=True)
             ]

@@ -1,20 +1,29 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 import nadhooks
 from nadhooks import cli, demo
+from nadhooks.cli import printing
+from nadhooks.cli.printing import Update
 from nadhooks.formats.writing import write_bytes
 from nadhooks.masks import Masks
+from nadhooks.progress import Progress, Report
 from nadhooks.tasks import Tasks
 
 from .hub import Hub
@@ -56,6 +65,116 @@ def test_learn_shows_its_worth_and_warns(capsys: pytest.CaptureFixture[str]) -> 
     for word in ("recall", "AUC", "full", "sub-architecture", "random mask", "Recall alone proves nothing"):
         assert word in shown
     assert nadhooks.load("masks.safetensors").provenance["method"] == "nad"
+
+
+FAST = ["--sites", "layer[34].*", "--tasks", "3", "5", "--no-test", "--device", "cpu"]
+
+
+def test_learn_is_told_how_much_to_keep_in_every_way_and_the_file_says_so() -> None:
+    budget = ["--keep", "0.25", "--keep-over", "site", "--keep-by", "parameters"]
+    assert run(*LEARN, *FAST, "--method", "activation", *budget, "-o", "budget") == 0
+    masks = nadhooks.load("budget")
+    assert masks.provenance["keep"] == {"keep": 0.25, "over": "site", "by": "parameters"}
+    assert {int(masks.kept_units(site.name).sum(1)[0]) for site in masks.sites} == {2}  # of 8
+    assert run(*LEARN, *FAST, "--method", "random", "--keep", "7", "-o", "units") == 0
+    masks = nadhooks.load("units")
+    assert masks.provenance["keep"] == 7
+    assert sum(masks.kept_units(site.name).sum(1) for site in masks.sites).tolist() == [7, 7]  # type: ignore[union-attr]
+
+
+def test_learn_starts_from_a_baseline_or_a_mask_file_and_the_file_says_so(mask_file: Path) -> None:
+    options = [*LEARN, "--tasks", "3", "5", "--no-test", "--method", "class-only"]
+    assert run(*options, "--start", "taylor", "--precision", "bfloat16", "--cache", "1", "-o", "ranked") == 0
+    origin = nadhooks.load("ranked").provenance
+    assert origin["start"] == {"method": "taylor", "options": {"images": 32}}
+    assert origin["autocast"] == "bfloat16"
+    assert run(*options, "--start", str(mask_file), "-o", "warm") == 0
+    origin = nadhooks.load("warm").provenance
+    assert origin["method"] == "class-only"
+    assert (origin["start"]["file"], origin["start"]["method"], origin["start"]["seed"]) == (
+        str(mask_file),
+        "contrastive",
+        7,
+    )
+
+
+def test_fidelity_is_in_the_file_and_inspect_does_not_pour_out_its_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*LEARN, *FAST, "--method", "class-only", "--fidelity", "0.05", "-o", "faithful") == 0
+    origin = nadhooks.load("faithful").provenance
+    assert origin["fidelity"] == 0.05
+    assert "keep" not in origin
+    capsys.readouterr()
+    assert run("inspect", "faithful") == 0
+    shown = capsys.readouterr().out
+    assert "  fidelity: 0.05\n" in shown
+    assert f"  curve: {len(origin['curve']['keep'])} points" in shown
+    assert "[[" not in shown
+    assert run("inspect", "faithful", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["provenance"]["curve"] == origin["curve"]
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint_and_logs_every_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = Path("w.pt")
+    torch.save(nadhooks.zoo.load_model(MODEL).state_dict(), weights)
+    options = [*LEARN, *FAST, "--weights", str(weights), "--method", "class-only"]
+    assert run(*options, "-o", "whole") == 0
+    saving = [*options, "--checkpoint", "run", "--every", "0", "--log", "run.csv", "-o", "resumed"]
+    told = cli.models._learning
+
+    def stopping(update: Update) -> Report:
+        def report(progress: Progress) -> None:
+            told(update)(progress)
+            if progress.done == 20:
+                raise KeyboardInterrupt
+
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.models, "_learning", stopping)
+        assert run(*saving) == 130
+    assert Path("run").exists()
+    assert run(*saving[:-1], "other", "--seed", "1") == 1
+    assert "run is the checkpoint of another run: its seed is 0, here 1" in capsys.readouterr().err
+    assert run(*saving) == 0
+    assert not Path("run").exists()
+    assert nadhooks.load("resumed") == nadhooks.load("whole")
+    rows = list(csv.DictReader(Path("run.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows if row["measure"] == "loss"] == [*range(1, 20), *range(21, 33)]
+
+
+def test_tensorboard_is_asked_for_by_name_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it could not be imported
+    assert run(*LEARN, "--log", "runs") == 1
+    assert "logging to TensorBoard needs its package: pip install tensorboard" in capsys.readouterr().err
+    written = []
+    fake = types.ModuleType("tensorboard")
+    fake.SummaryWriter = lambda folder: SimpleNamespace(  # type: ignore[attr-defined]
+        add_scalar=lambda name, value, step: written.append((folder, name, step)), flush=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    assert run(*LEARN, *FAST, "--method", "activation", "--log", "runs") == 0
+    assert ("runs", "loss", 1) in written
+
+
+def test_the_bar_shows_loss_share_and_time_left_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(printing, "err", screen)
+    with printing.bar("learning") as update:
+        report = cli.models._learning(update)
+        for _ in range(2):
+            for step in range(1, 4):
+                report(Progress(step, 4, 0.123, kept=0.55))
+                time.sleep(0.15)  # the bar is drawn ten times a second
+            report(Progress(4, 4, 0.1, kept=0.5))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.file.getvalue())  # type: ignore[attr-defined]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", shown) if "loss" in line]
+    assert any(re.fullmatch(r"learning \S+ 3/4 loss 0\.123, 55% kept 0:00:0\d", line) for line in lines), lines
+    places = [int(found[1]) for line in lines if (found := re.search(r"(\d)/4", line))]
+    assert any(later < before for before, later in itertools.pairwise(places))
 
 
 def test_inspect_graph_and_render(mask_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +248,17 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         ([*LEARN, "--epochs", "3", "--method", "class-only"], "--epochs is an option of --method nad"),
         (["sites", MODEL, "--device", "meta"], "--device meta cannot be used here"),
         ([*LEARN, "--method", "nad", "--keep", "0.3"], "from its options, got --keep 0.3"),
+        ([*LEARN, "--method", "nad", "--fidelity", "0.1"], "from its options, got --fidelity 0.1"),
+        ([*LEARN, "--method", "nad", "--keep", "0.3", "--keep-over", "site"], "from its options, got --keep 0.3"),
+        ([*LEARN, "--keep", "0.3", "--fidelity", "0.1"], "expected --keep or --fidelity, got both"),
+        ([*LEARN, "--keep", "9999"], "keep: expected at most the network's 64 units, got 9999"),
+        ([*LEARN, "--keep", "9", "--keep-by", "flops"], "keep: expected a share of the flops, got the whole number 9"),
+        ([*LEARN, "--keep-over", "site"], "--keep-over says what --keep means; pass --keep, too"),
+        ([*LEARN, "--every", "5"], "pass --checkpoint FILE, too"),
+        ([*LEARN, "--checkpoint", "no/run"], "checkpoint: no is not a directory"),
+        ([*LEARN, "--start", "magic"], "taylor, routing or a mask file; magic: cannot read it: No such file"),
+        ([*LEARN, "--start", "nad", "--keep", "0.3"], "start from masks that one of them learnt, or from a baseline"),
+        ([*LEARN, "--log", "no/run.csv"], "cannot write the log no/run.csv: No such file or directory"),
         ([*LEARN, "--axis", "7"], "--axis 7 does not fit a tensor of shape"),
         (["sites", "timm:resnet10t", "--sites", "heads"], "pass --sites with globs"),
         ([*LEARN, "--weights", "nothing.pt"], "no weights file nothing.pt"),
@@ -206,8 +336,13 @@ def test_bad_usage_exits_with_two(arguments: list[str]) -> None:
         ("--epochs", "0", "a number of at least 1"),
         ("--epochs", "many", "a number of at least 1"),
         ("--workers", "-1", "a number of at least 0"),
-        ("--keep", "3", "a share above 0 and at most 1"),
-        ("--keep", "nan", "a share above 0 and at most 1"),
+        ("--keep", "1.5", "a share above 0 and at most 1, or a whole number of units"),
+        ("--keep", "0", "a share above 0 and at most 1, or a whole number of units"),
+        ("--keep", "nan", "a share above 0 and at most 1, or a whole number of units"),
+        ("--fidelity", "0", "a divergence above 0"),
+        ("--fidelity", "inf", "a divergence above 0"),
+        ("--every", "-1", "a number of seconds of at least 0"),
+        ("--cache", "2.5", "a number of at least 0"),
         ("--beta", "-2", "a weight of at least 0"),
         ("--beta", "nan", "a weight of at least 0"),
         ("--seed", str(2**64), "a number from -2**63 to 2**64 - 1"),

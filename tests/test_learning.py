@@ -434,3 +434,28 @@ def test_all_classes_share_each_pass_over_the_data() -> None:
     counted = Counted()
     nadhooks.learn(net(), counted, "act", tasks=3)
     assert counted.read == 1 + 1
+
+
+@pytest.mark.parametrize("method", ["random", "activation"])
+def test_fidelity_of_a_ranking_is_measured_on_outputs_not_by_its_own_objective(method: str) -> None:
+    masks = nadhooks.learn(net(), loader(), ["fc1", "act"], method=method, fidelity=0.005)
+    curve = masks.provenance["curve"]
+    divergence = torch.tensor(curve["divergence"])  # (shares, tasks)
+    assert bool((divergence >= 0).all())
+    assert bool((divergence > 0.005).any())
+    for row, kept in enumerate(masks.kept().tolist()):
+        fits = [share[row] for share, far in zip(curve["keep"], curve["divergence"], strict=True) if far[row] <= 0.005]
+        assert kept == pytest.approx(min([1.0, *fits]), abs=0.5 / 14 + 1e-6)  # of 14 units
+
+
+def test_provenance_says_what_a_run_started_from_and_was_bounded_by() -> None:
+    model, data = net(), loader()
+    first = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5), keep=3, seed=2)
+    assert first.provenance["keep"] == 3
+    assert "start" not in first.provenance
+    then = nadhooks.learn(model, data, "act", method=methods.class_only(steps=2), start=first, fidelity=0.5)
+    assert then.provenance["start"] == {name: first.provenance[name] for name in ("method", "options", "keep", "seed")}
+    assert then.provenance["fidelity"] == 0.5
+    assert "keep" not in then.provenance
+    ranked = nadhooks.learn(model, data, "act", method=methods.class_only(steps=2), start=methods.activation(images=8))
+    assert ranked.provenance["start"] == {"method": "activation", "options": {"images": 8}}

@@ -118,8 +118,7 @@ def _inspect(options: argparse.Namespace) -> None:
     say(repr(masks))
     for key, value in masks.provenance.items():
         if key != "parameters_behind":
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            say(f"  {key}: {text if len(text) <= 200 else text[:199] + '…'}")
+            say(f"  {key}: {_told(key, value)}")
     similarity, kept = masks.jaccard().fill_diagonal_(-1), masks.kept()
     measures = [measure for measure in HEADINGS if measure in masks.quality]
     wordnet = ["WordNet"] if masks.task_rows.wordnet else []
@@ -144,6 +143,14 @@ def _inspect(options: argparse.Namespace) -> None:
         fed = few(masks.wiring.predecessors(site.name))
         shown.add_row(site.name, str(site.axis), f"{site.units:,}", *(f"{share:.0%}" for share in shares), fed)
     out.print(shown)
+
+
+def _told(key: str, value: Any) -> str:
+    """What provenance says under a key, in a line."""
+    if key == "curve" and isinstance(value, dict) and isinstance(value.get("keep"), list):
+        return f"{len(value['keep'])} points, each a share and the divergence it gives, for every task (--json)"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _described(masks: Masks) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _diff(options: argparse.Namespace) -> None:
         say(f"{path}: {masks!r}" + (f"\n  tasks only here: {few(alone, 8)}" if alone else ""))
     for key in sorted({*a.provenance, *b.provenance} - {"parameters_behind"}):
         if a.provenance.get(key) != b.provenance.get(key):
-            say(f"  {key}: {a.provenance.get(key, '(none)')} | {b.provenance.get(key, '(none)')}")
+            say(f"  {key}: " + " | ".join(_told(key, each.provenance.get(key, "(none)")) for each in (a, b)))
     if a == b:
         say("the same tasks, sites, wiring, gates and closed values")
         return

@@ -10,25 +10,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import demo, methods, zoo
+from ..budgets import Budget
 from ..data import BUILT_IN, load_images
-from ..errors import DataError, ModelError, NadhooksError
+from ..errors import DataError, MaskFileError, ModelError, NadhooksError
 from ..evaluation import Recognition, recognition, shuffled
 from ..formats import authors
 from ..gates import attach
-from ..learning import Progress as Learnt
-from ..learning import learn
-from ..masks import Masks
+from ..learning import CACHE_BYTES, learn
+from ..masks import Masks, load
+from ..progress import Report, csv_log, tensorboard_log
 from ..sites import Sites, blocks, channels, heads, neurons
 from ..tasks import Label, Tasks
-from .printing import AT_LEAST_1, bar, err, few, number, one_line, out, say, table
+from .printing import AT_LEAST_1, Update, bar, err, few, number, one_line, out, say, table
 
 SELECTORS = {"blocks": blocks, "channels": channels, "neurons": neurons, "heads": heads}
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 MODEL_HELP = (
     "timm:NAME, torchvision:NAME or file.py:factory; keyword arguments may follow, "
     "as in timm:resnet18,num_classes=10,in_chans=1; for learning, file.py also holds a function `transform`, "
@@ -63,15 +66,7 @@ def add_commands(command: Command) -> None:
         "-o", "--out", type=Path, default=Path("masks.safetensors"), help="mask file (default: %(default)s)"
     )
     sub.add_argument("--method", choices=list(methods.METHODS), default="contrastive", help="default: %(default)s")
-    share = number(float, "a share above 0 and at most 1", lambda keep: 0 < keep <= 1)
-    sub.add_argument("--keep", type=share, metavar="SHARE", help="share of units to keep (default: 0.55; not for nad)")
-    sub.add_argument("--closed", choices=["zero", "mean"], help="what a closed unit puts out (default: the method's)")
-    weight = number(float, "a weight of at least 0", lambda beta: 0 <= beta < math.inf)
-    nad = methods.nad().options
-    sub.add_argument("--beta", type=weight, help=f"nad only: weight of the penalty (default: {nad['beta']})")
-    sub.add_argument(
-        "--epochs", type=AT_LEAST_1, metavar="N", help=f"nad only: times through the data (default: {nad['epochs']})"
-    )
+    _learning_options(sub)
     sub.add_argument("--tasks", nargs="+", type=int, metavar="LABEL", help="only these output indices (default: all)")
     sub.add_argument("--no-test", action="store_true", help="skip the measurement on held-out images")
 
@@ -82,6 +77,47 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "-o", "--out", type=Path, default=Path("masks.safetensors"), help="mask file (default: %(default)s)"
     )
+
+
+def _learning_options(sub: argparse.ArgumentParser) -> None:
+    """How to learn: as the arguments of `learn`, which also says what fits what."""
+    fits = "a share above 0 and at most 1, or a whole number of units"
+    keep = number(_share_or_units, fits, lambda keep: keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
+    sub.add_argument("--keep", type=keep, metavar="K", help=f"{fits} (default: 0.55; not for nad)")
+    sub.add_argument(
+        "--keep-over", choices=["network", "site"], help="the best units of all (default), or of each site"
+    )
+    shares = ["units", "parameters", "flops"]
+    sub.add_argument("--keep-by", choices=shares, help="what --keep is a share of (default: units)")
+    bound = number(float, "a divergence above 0", lambda bound: 0 < bound < math.inf)
+    help = "instead of --keep: as little as keeps the held-out divergence from the full network, in nats, at most D"
+    sub.add_argument("--fidelity", type=bound, metavar="D", help=help)
+    sub.add_argument("--closed", choices=["zero", "mean"], help="what a closed unit puts out (default: the method's)")
+    weight = number(float, "a weight of at least 0", lambda beta: 0 <= beta < math.inf)
+    nad = methods.nad().options
+    sub.add_argument("--beta", type=weight, help=f"nad only: weight of the penalty (default: {nad['beta']})")
+    sub.add_argument(
+        "--epochs", type=AT_LEAST_1, metavar="N", help=f"nad only: times through the data (default: {nad['epochs']})"
+    )
+    sub.add_argument(
+        "--start", metavar="METHOD", help="method, such as taylor, or mask file that first scores are from"
+    )
+    sub.add_argument("--checkpoint", metavar="FILE", help="how far the run is; the same command goes on from there")
+    seconds = number(float, "a number of seconds of at least 0", lambda seconds: 0 <= seconds < math.inf)
+    sub.add_argument("--every", type=seconds, metavar="SECONDS", help="between checkpoints (default: 60)")
+    sub.add_argument("--log", metavar="LOG", help="figures of each step: FILE.csv, or a folder for TensorBoard")
+    sub.add_argument(
+        "--precision", choices=list(PRECISIONS), default="float32", help="to compute in (default: %(default)s)"
+    )
+    size = number(int, "a number of at least 0", lambda size: size >= 0)
+    sub.add_argument(
+        "--cache", type=size, metavar="MB", default=CACHE_BYTES // 2**20,
+        help="memory for the full network's answers (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _share_or_units(text: str) -> float | int:
+    return int(text) if text.strip().isdecimal() else float(text)
 
 
 def modelling(sub: argparse.ArgumentParser, chosen_by_file: bool = False) -> None:
@@ -180,10 +216,7 @@ def _sites(options: argparse.Namespace) -> None:
 
 def _learn(options: argparse.Namespace) -> None:
     check_writable(options.out)
-    for_nad = {key: getattr(options, key) for key in ("beta", "epochs") if getattr(options, key) is not None}
-    if for_nad and options.method != "nad":
-        raise NadhooksError(f"--{next(iter(for_nad))} is an option of --method nad, got --method {options.method}")
-    method = methods.nad(**for_nad) if options.method == "nad" else options.method
+    settings, logs = _settings(options), _logs(options.log)
     with err.status("making the model"):
         model = made_model(options, runs=True)
     transform = transform_of(model, options)
@@ -207,21 +240,60 @@ def _learn(options: argparse.Namespace) -> None:
             loader,
             _chosen(options),
             tasks={label: train.names[label] for label in labels},
-            method=method,
-            keep=options.keep,
-            closed=options.closed,
-            axis=options.axis,
-            seed=options.seed,
-            progress=_learning(update),
+            progress=[_learning(update), *logs],
+            **settings,
         )
     trained = options.weights or ("pretrained" if options.pretrained else "random")
     masks = _from(masks, options.model, options.data, classes, trained=trained)
+    if isinstance(settings["start"], Masks):
+        start = {"file": options.start, **masks.provenance["start"]}
+        masks = masks.replaced(provenance={**masks.provenance, "start": start})
     masks.save(options.out)
     if test is not None:
         figures = _show_recognition(model, masks, DataLoader(test.dataset, **loading), options.seed)
         masks = _measured(masks, figures, options.data, len(test.dataset))  # type: ignore[arg-type]
         masks.save(options.out)
     say(f"{masks!r}\nwritten to {options.out}")
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What `learn` is told beside model, data and tasks."""
+    for_nad = {key: getattr(options, key) for key in ("beta", "epochs") if getattr(options, key) is not None}
+    if for_nad and options.method != "nad":
+        raise NadhooksError(f"--{next(iter(for_nad))} is an option of --method nad, got --method {options.method}")
+    of_keep = {key: getattr(options, f"keep_{key}") for key in ("over", "by") if getattr(options, f"keep_{key}")}
+    if of_keep and options.keep is None:
+        raise NadhooksError(f"--keep-{next(iter(of_keep))} says what --keep means; pass --keep, too")
+    if options.every is not None and options.checkpoint is None:
+        raise NadhooksError("--every says how often --checkpoint is written; pass --checkpoint FILE, too")
+    return {
+        "method": methods.nad(**for_nad) if options.method == "nad" else options.method,
+        "keep": Budget(options.keep, **of_keep) if of_keep else options.keep,
+        "fidelity": options.fidelity,
+        "closed": options.closed,
+        "start": _start(options.start),
+        "axis": options.axis,
+        "seed": options.seed,
+        "autocast": PRECISIONS[options.precision],
+        "cache": options.cache * 2**20,
+        "checkpoint": options.checkpoint,
+        **({} if options.every is None else {"every": options.every}),
+    }
+
+
+def _start(text: str | None) -> str | Masks | None:
+    if text is None or text in methods.METHODS:
+        return text
+    try:
+        return load(text)
+    except MaskFileError as error:
+        raise NadhooksError(f"--start: expected {', '.join(methods.METHODS)} or a mask file; {error}") from error
+
+
+def _logs(path: str | None) -> list[Report]:
+    if path is None:
+        return []
+    return [csv_log(path) if path.endswith(".csv") else tensorboard_log(path)]
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -360,5 +432,5 @@ def first(loader: object, model: nn.Module) -> torch.Tensor:
     return next(iter(loader))[0][:1].to(device)  # type: ignore[call-overload]
 
 
-def _learning(update: Callable[[int, int], None]) -> Callable[[Learnt], None]:
-    return lambda learnt: update(learnt.done, learnt.total)
+def _learning(update: Update) -> Report:
+    return lambda learnt: update(learnt.done, learnt.total, f"loss {learnt.loss:.3g}, {learnt.kept:.0%} kept")

@@ -16,6 +16,9 @@ from rich.table import Table
 
 from ..masks import Masks
 
+OPTIONS = "axis|cache|checkpoint|closed|fidelity|keep|method|sites|start|tasks|weights"  # named alike in Python
+Update = Callable[..., None]  # (done, total, figures to show beside)
+
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
 err = Console(stderr=True, highlight=False)
 
@@ -26,12 +29,22 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the screen, gone when done; `update(done, total)` moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def bar(text: str) -> Iterator[Update]:
+    """A progress bar on the screen, gone when done; `update(done, total, figures)` moves it, also back to a start."""
+    ends = (MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *ends)
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+        task = progress.add_task(text, total=None, figures="")
+        before = 0
+
+        def update(done: int, total: int, figures: str = "") -> None:
+            nonlocal before
+            if done < before:  # another round: a finished bar would show no time left
+                progress.reset(task, figures=figures)
+            before = done
+            progress.update(task, completed=done, total=total or None, figures=figures)
+
+        yield update
 
 
 def table(*headings: str) -> Table:
@@ -52,8 +65,8 @@ def few(names: Iterable[str], shown: int = 2) -> str:
 def as_options(text: str) -> str:
     """An error's arguments, such as axis=2, as the options of the command line."""
     text = re.sub(r"pass example=.*", "give the size by --image-size", text)  # other examples are for programs
-    text = re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=(?=[\w\"'])", r"--\1 ", text)
-    return re.sub(r"(?<![\w,.])(axis|closed|keep|method|sites|tasks|weights)=", r"--\1", text)
+    text = re.sub(rf"(?<![\w,.])({OPTIONS})=(?=[\w\"'])", r"--\1 ", text)
+    return re.sub(rf"(?<![\w,.])({OPTIONS})=", r"--\1", text)
 
 
 def one_line(error: BaseException) -> str:
@@ -66,7 +79,7 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def number(kind: type, expected: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+def number(kind: Callable[[str], Any], expected: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     """An argparse type: numbers of that kind that fit. NaN fits nothing."""
 
     def parsed(text: str) -> Any:

@@ -97,7 +97,18 @@ def _draws(images: int) -> tuple[int, int]:
 
 def _ranking(name: str, objective, steps: int, positives: int, *, initial=zeros, **more) -> Method:  # type: ignore[no-untyped-def]
     return Method(
-        name, objective, ranking, gather, initial, "balanced", "mean", 0.55, steps=steps, positives=positives, **more
+        name,
+        objective,
+        ranking,
+        gather,
+        initial,
+        "balanced",
+        "mean",
+        0.55,
+        ranks=True,
+        steps=steps,
+        positives=positives,
+        **more,
     )
 
 

@@ -82,7 +82,8 @@ class Method:
         "each", `positives` samples of every task, gates for each sample, averaged over them after `steps` steps.
     schedule: (step, steps) -> what part of that which is to be closed is open still.
     output: what the objective takes outputs for: "softmax" classes, of which a sample has one, "sigmoid" classes, of
-        which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`.
+        which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`. ranks: it says what
+        units count, not how far outputs are from the full network's; fidelity is then that of softmax classes.
     keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share other
         than 0.55, `steps` times (0.55 / share) to this power, at least a quarter and at most ten times as many.
     """
@@ -98,6 +99,7 @@ class Method:
     schedule: Callable[[int, int], float] = lambda index, total: 0.0
     output: Output = "softmax"
     compares: bool = True
+    ranks: bool = False
     epochs: int = 1
     batch: int = 16
     steps: int = 0
