@@ -133,7 +133,8 @@ def learn(
             )
             run = {
                 "method": method.name,
-                "options": dict(method.options),
+                "options": method.described(),
+                **({} if outputs is None else {"outputs": {str(label): [*which] for label, which in outputs.items()}}),
                 **({"fidelity": fidelity} if fidelity is not None else {"keep": budget and budget.described()}),
                 **({} if start is None else {"start": _origin(start)}),
                 **({} if autocast is None else {"autocast": str(autocast).removeprefix("torch.")}),
@@ -550,7 +551,7 @@ def _origin(start: str | Method | Masks) -> dict[str, Any]:
         told = ("method", "options", "keep", "fidelity", "seed")
         return {name: start.provenance[name] for name in told if name in start.provenance}
     method = _method(start)
-    return {"method": method.name, "options": dict(method.options)}
+    return {"method": method.name, "options": method.described()}
 
 
 def _budget(keep: float | int | Budget | None, fidelity: float | None, method: Method) -> Budget | None:

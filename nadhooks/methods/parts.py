@@ -109,6 +109,10 @@ class Method:
     images: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def described(self) -> dict[str, Any]:
+        """Its options, as they are now, for the masks' provenance."""
+        return {name: getattr(self, name, value) for name, value in self.options.items()}
+
     def paced(self, share: float) -> Method:
         """With as many steps as so much to close takes."""
         return replace(self, steps=round(self.steps * min(10.0, max(0.25, (0.55 / share) ** self.pace))))
