@@ -111,5 +111,5 @@ def fair_line(seed: int = 2) -> Line:
     """A `Line` that gives each of its classes some of the images."""
     model = seeded(Line, seed)
     with torch.no_grad():
-        model.head.bias -= model(images(64)).mean(0)
+        model.head.bias.sub_(model(images(64)).mean(0))
     return model

@@ -76,7 +76,7 @@ def test_the_last_of_the_own_batches_is_the_end_of_the_run() -> None:
 
 
 def test_a_data_set_without_a_length_has_no_total() -> None:
-    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             return iter((x[0], y[0]) for x, y in loader(1))
 

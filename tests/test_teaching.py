@@ -175,19 +175,17 @@ class Flat(Line):
 
 
 def test_networks_that_flatten_with_view_get_the_same_masks() -> None:
-    found = []
+    channels_last, masks = [], []
     for flatten in (lambda x: x.view(x.size(0), -1), lambda x: x.flatten(1)):
-        model = seeded(lambda flatten=flatten: Flat(flatten), 3)  # type: ignore[arg-type, misc]
+        model = seeded(lambda flatten=flatten: Flat(flatten), 3)  # type: ignore[arg-type]
         with torch.no_grad():
-            model.head.bias -= model(images(40)).mean(0)
+            model.head.bias.sub_(model(images(40)).mean(0))
         data = labelled(model, images(40))
         with teaching(model, "act1", images(1)) as teacher:
-            found.append(teacher.forward.channels_last)
-        found.append(nadhooks.learn(model, data, ["act1", "act2"], method=methods.contrastive(steps=9), seed=1))
-    assert found[0] is False
-    assert found[2] is True
-    assert torch.equal(found[1]["act1"], found[3]["act1"])
-    assert torch.equal(found[1]["act2"], found[3]["act2"])
+            channels_last.append(teacher.forward.channels_last)
+        masks.append(nadhooks.learn(model, data, ["act1", "act2"], method=methods.contrastive(steps=9), seed=1))
+    assert channels_last == [False, True]
+    assert all(torch.equal(masks[0][site], masks[1][site]) for site in ("act1", "act2"))
 
 
 class Last(nn.Module):
