@@ -60,7 +60,8 @@ class Checkpoint:
                     f"{self.path} is the checkpoint of another run, of other tasks; delete it to begin anew, or name "
                     "another file"
                 )
-            moved = [{name: x.to(scores[name]) for name, x in part.items()} for part in (stand.scores, stand.state)]
+            device = next(iter(scores.values())).device
+            moved = [{name: x.to(device) for name, x in part.items()} for part in (stand.scores, stand.state)]
             return Stand(stand.step, *moved)
         self.phases.append(Stand(0, dict(scores), {}))
         return self.phases[-1]

@@ -49,14 +49,12 @@ def learnt(shuffle: bool = False, **options: Any) -> Callable[[dict[str, Any]], 
     return lambda more: nadhooks.learn(net(), loader(shuffle), ["conv1", "act2"], **options, **more)
 
 
-NAD = methods.nad(epochs=8, batch=4)
+NAD = methods.nad(epochs=5, batch=4)
 KINDS = {
     "nad": learnt(True, method=NAD, closed="mean"),
     "nad-little-memory": learnt(True, method=NAD, cache=40_000),
-    "nad-no-memory": learnt(method=NAD, cache=0, tasks=[1, 2]),
-    "contrastive": learnt(method=methods.contrastive(steps=40), start="taylor", cache=40_000),  # task by task
-    "fidelity": learnt(method=methods.contrastive(steps=5), fidelity=0.02),
-    "routing": learnt(method=methods.routing(images=3, steps=30)),
+    "contrastive": learnt(method=methods.contrastive(steps=25), start="taylor", cache=40_000),  # task by task
+    "fidelity": learnt(method=methods.contrastive(steps=4), fidelity=0.02),
 }
 
 

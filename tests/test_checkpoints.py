@@ -34,7 +34,7 @@ def loader() -> list[tuple[Tensor, Tensor]]:
 
 
 def learn(path: Path | None, **more: Any) -> nadhooks.Masks:
-    options = {"method": METHOD, "every": 0.0, "checkpoint": path} | more
+    options: dict[str, Any] = {"method": METHOD, "every": 0.0, "checkpoint": path} | more
     return nadhooks.learn(options.pop("model", fair_line()), loader(), options.pop("sites", "act1"), **options)
 
 
@@ -138,11 +138,9 @@ OTHER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", OTHER)
 def test_the_checkpoint_of_another_run_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    same = {"tasks": [0, 1, 2]} if what == "outputs" else {}
+    same: dict[str, Any] = {"tasks": [0, 1, 2]} if what == "outputs" else {}
     left = stopped(path, **same)
-    with pytest.raises(
-        LearningError, match=rf"run is the checkpoint of another run: its {what} is .*, here .*; delete"
-    ):
+    with pytest.raises(LearningError, match=rf"is the checkpoint of another run: its {what} is .*, here .*; delete"):
         learn(path, **OTHER[what])
     assert path.read_bytes() == left
 
@@ -201,7 +199,7 @@ def test_nothing_is_left_of_a_run_that_never_began(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_a_number_stops_the_run_and_the_last_good_state_stays(where: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    steps = []
+    steps: list[int] = []
 
     def objective(
         student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
