@@ -99,7 +99,7 @@ def test_tasks_together_get_what_each_gets_alone(method: methods.Method, monkeyp
 
 
 @pytest.mark.parametrize(
-    "method", [methods.nad(epochs=1, batch=1000), methods.class_only(steps=1), methods.contrastive(steps=1)]
+    "method", [methods.nad(epochs=1, batch=64), methods.class_only(steps=2), methods.contrastive(steps=2)]
 )
 def test_gradients_of_tasks_together_are_those_of_each_alone(method: methods.Method) -> None:
     spied, together = recording(method)
