@@ -18,7 +18,7 @@ from nadhooks.checkpoints import Checkpoint
 from nadhooks.errors import LearningError
 from nadhooks.progress import Progress
 
-from .interrupted import KINDS
+from .interrupted import KINDS, net
 from .nets import fair_line, images, labelled
 
 RUN = {"method": "contrastive", "seed": 1}
@@ -105,6 +105,33 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_masks_to_the_last_b
     assert undisturbed.keys() == resumed.keys() == {"conv1", "act2"}
     assert all(torch.equal(undisturbed[site], resumed[site]) for site in undisturbed)
     assert not (tmp_path / "run.checkpoint").exists()
+
+
+@pytest.mark.parametrize("cache", [0, 2_000, 10_000, 2**30])
+def test_wherever_a_run_stops_it_ends_the_same(cache: int, tmp_path: Path) -> None:
+    """With memory for none, for the outputs alone, for some sites and for all; each batch holds a wrong answer."""
+    x = images(64)
+    said = net()(x).argmax(1)
+    right, wrong = x[said == 1][:6].split(3), x[said == 0][:2].split(1)
+    data = [(torch.cat([a, b]), torch.ones(4).long()) for a, b in zip(right, wrong, strict=True)]
+
+    def run(**more: Any) -> nadhooks.Masks:
+        method = methods.nad(epochs=3, batch=4)
+        return nadhooks.learn(net(), data, ["conv1", "act2"], method=method, cache=cache, **more)
+
+    whole = run()
+    for stop in range(1, 6):
+        steps: list[Progress] = []
+
+        def report(progress: Progress, steps: list[Progress] = steps, stop: int = stop) -> None:
+            steps.append(progress)
+            if len(steps) == stop:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(checkpoint=tmp_path / "run", every=0.0, progress=report)
+        resumed = run(checkpoint=tmp_path / "run", every=0.0)
+        assert all(torch.equal(resumed[site], whole[site]) for site in ("conv1", "act2")), stop
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:

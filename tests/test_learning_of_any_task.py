@@ -20,7 +20,8 @@ from nadhooks.tasks import Label
 from .nets import Line, Mlp, fair_line, images, labelled, seeded, vectors
 
 Loader = list[tuple[Tensor, Tensor]]
-GROUPS: dict[Label, list[int]] = {0: [1, 2], 1: [0]}
+GROUPS = {0: [1, 2], 1: [0]}
+MEANT: dict[Label, list[int]] = {label: group for label, group in GROUPS.items()}  # noqa: C416
 
 
 def mlp() -> Mlp:
@@ -71,7 +72,7 @@ def test_gradients_of_a_group_are_those_computed_by_hand() -> None:
         found.append(gradients["act"].clone())
 
     method = replace(methods.nad(epochs=1, batch=64, beta=0.0), update=update)
-    nadhooks.learn(model, data, "act", method=method, outputs=GROUPS)
+    nadhooks.learn(model, data, "act", method=method, outputs=MEANT)
     gates = torch.stack([method.initial(7, nadhooks.sampling.generator(0, label)).sigmoid() for label in (0, 1)])
     for label, group in GROUPS.items():
         x = torch.cat([x[y == label] for x, y in data])
@@ -89,7 +90,7 @@ def test_figures_of_groups_are_those_of_a_network_with_their_sum_as_output() -> 
     model, data = mlp(), grouped()
     held_out = [(x, (y == 0).long()) for x, y in labelled(mlp(), vectors(60, seed=8))]
     masks = nadhooks.learn(
-        model, data, "act", method=methods.contrastive(steps=6), outputs=GROUPS, held_out=held_out, keep=4
+        model, data, "act", method=methods.contrastive(steps=6), outputs=MEANT, held_out=held_out, keep=4
     )
     assert masks.labels == (0, 1)
     x, labels = (torch.cat(parts) for parts in zip(*held_out, strict=True))
@@ -108,7 +109,7 @@ def test_figures_of_groups_are_those_of_a_network_with_their_sum_as_output() -> 
         nadhooks.attach(model, "act", tasks=3, example=x) as gates,
         pytest.raises(TaskError, match="does not say which"),
     ):
-        recognition(gates, [(x, labels)], outputs=GROUPS)
+        recognition(gates, [(x, labels)], outputs=MEANT)
 
 
 @pytest.mark.parametrize("wrong", [{0: [3]}, {0: []}, {0: [0, 1, 2]}, {0: [-1]}, {0: [True]}, {0: ["a"]}])
@@ -119,9 +120,9 @@ def test_groups_that_cannot_be_are_refused(wrong: Any) -> None:
 
 def test_tasks_without_a_meaning_and_meanings_without_classes_are_refused() -> None:
     with pytest.raises(TaskError, match="task 2: outputs= does not say which"):
-        nadhooks.learn(mlp(), grouped(), "act", outputs=GROUPS, tasks=[0, 2])
+        nadhooks.learn(mlp(), grouped(), "act", outputs=MEANT, tasks=[0, 2])
     with pytest.raises(NadhooksError, match="an objective of one's own decides itself what outputs mean"):
-        nadhooks.learn(mlp(), grouped(), "act", outputs=GROUPS, method=lambda s, t, p, g: g["act"].sum(1))
+        nadhooks.learn(mlp(), grouped(), "act", outputs=MEANT, method=lambda s, t, p, g: g["act"].sum(1))
     with pytest.raises(TaskError, match="expected at least one task"):
         nadhooks.learn(mlp(), grouped(), "act", outputs={})
 
