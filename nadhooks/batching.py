@@ -26,7 +26,7 @@ def join(batches: Sequence[Any]) -> Any:
     """Batches of one form, one after the other."""
     first = batches[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(batches))
+        return torch.cat(list(batches)) if first.dim() else first
     if isinstance(first, list):
         return [sample for batch in batches for sample in batch]
     if isinstance(first, tuple):
@@ -65,7 +65,8 @@ def digest(inputs: Any) -> bytes:
     for leaf in pytree.tree_leaves(inputs):
         if isinstance(leaf, Tensor):
             known.update(str(leaf.shape).encode())
-            known.update(leaf.detach().cpu().contiguous().numpy().tobytes())
+            plain = leaf.detach().cpu().contiguous().reshape(-1)
+            known.update(plain.view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
         else:
             known.update(repr(leaf).encode())
     return known.digest()

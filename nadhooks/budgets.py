@@ -72,8 +72,10 @@ class Selection:
 
     def _target(self, keep: float | int, group: Sequence[str]) -> float:
         units = sum(self.units[name] for name in group)
-        if isinstance(keep, int) and keep > units and len(self.groups) == 1:
-            raise NadhooksError(f"keep: expected at most the network's {units} units, got {keep}")
+        most = max(self.units.values()) if len(self.groups) > 1 else units
+        if isinstance(keep, int) and keep > most:
+            whose = "the largest site" if len(self.groups) > 1 else "the network"
+            raise NadhooksError(f"keep: expected at most {whose}'s {most} units, got {keep}")
         return min(1.0, keep / units) if isinstance(keep, int) else keep
 
     def at(self, shares: Tensor) -> Selection:

@@ -14,7 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from .errors import LearningError
-from .formats.writing import write_bytes
+from .formats.writing import check_writable, write_bytes
 
 KEY = "nadhooks-run"
 VERSION = 1
@@ -45,17 +45,23 @@ class Checkpoint:
         self.phases: list[Stand] = []
         self.phase = -1
         self.written = time.monotonic()
-        if self.path is not None and self.path.exists():
-            self.phases = self._read(self.path)
-        elif self.path is not None and not self.path.parent.is_dir():
-            raise LearningError(f"checkpoint: {self.path.parent} is not a directory")
+        if self.path is not None:
+            self._check(self.path)
+            self.phases = self._read(self.path) if self.path.exists() else []
 
     def begin(self, scores: Table) -> Stand:
         """The next phase: from its first step on, or where it stood."""
         self.phase += 1
         if self.phase < len(self.phases):
             stand = self.phases[self.phase]
-            moved = [{name: x.to(scores[name]) for name, x in part.items()} for part in (stand.scores, stand.state)]
+            shapes = [{name: x.shape for name, x in part.items()} for part in (stand.scores, scores)]
+            if shapes[0] != shapes[1]:
+                raise LearningError(
+                    f"{self.path} is the checkpoint of another run, of other tasks; delete it to begin anew, or name "
+                    "another file"
+                )
+            device = next(iter(scores.values())).device
+            moved = [{name: x.to(device) for name, x in part.items()} for part in (stand.scores, stand.state)]
             return Stand(stand.step, *moved)
         self.phases.append(Stand(0, dict(scores), {}))
         return self.phases[-1]
@@ -94,6 +100,14 @@ class Checkpoint:
         """When the run is over."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _check(path: Path) -> None:
+        """Better now than after a long time."""
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise LearningError(f"cannot write the checkpoint {path}: {error.strerror}") from error
 
     def _read(self, path: Path) -> list[Stand]:
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import objectives
-from .batching import moved
+from .batching import digest, moved
 from .budgets import Budget, Selection
 from .checkpoints import Checkpoint
 from .errors import LearningError, ModelError, NadhooksError, TaskError
@@ -32,8 +33,10 @@ from .sampling import (
     balanced_batches,
     each_batches,
     generator,
+    has,
     own_batches,
     peek,
+    read,
 )
 from .sites import Axis, Site, Sites
 from .tasks import Label, Tasks, TaskSpec
@@ -129,7 +132,7 @@ def learn(
                 seed,
                 Teacher(forward, cache, method.compares),
                 every_report(progress),
-                None if held_out is None else Data(held_out, number, device, outputs),
+                None if held_out is None else _kept(Data(held_out, number, device, outputs)),
             )
             run = {
                 "method": method.name,
@@ -142,15 +145,25 @@ def learn(
                 "sites": gates.chosen_by,
                 **({"weights": weights} if (weights := weights_of(model)) else {}),
             }
-            known = {**run, "closed": closed, "labels": given and list(given.labels), "units": [*map(str, gates.sites)]}
+            known = {
+                **run,
+                "closed": closed,
+                "labels": given and list(given.labels),
+                "units": [*map(str, gates.sites)],
+                **{f"method's {name}": value for name, value in _described(method).items()},
+                "first masks": digest(dict(start.values)).hex() if isinstance(start, Masks) else None,
+                "cache": cache,
+                "held-out data": held_out is not None,
+            }
             learner.checkpoint = Checkpoint(checkpoint, every, known)
             learner.read(given, fidelity)
             learner.warm(start)
             values = learner.gates_of(fidelity)
             provenance = run | ({"curve": learner.curve} if learner.curve else {})
             masks = gates.masks_of(learner.tasks, values, provenance)
+            masks = masks.replaced(quality=learner.measured(masks))
             learner.checkpoint.remove()
-            return masks.replaced(quality=learner.measured(masks))
+            return masks
 
 
 @dataclass
@@ -171,6 +184,7 @@ class _Learner:
     held: Pool | None = None  # others, that fidelity is measured on
     first: Table | None = None  # scores of a warm start
     curve: dict[str, Any] | None = None
+    told_at: int = 0  # how many tenths of the run were over when held-out samples were last measured
 
     def __post_init__(self) -> None:
         self.method = self.asked
@@ -187,6 +201,7 @@ class _Learner:
                     "that ends after once; pass a DataLoader or a list of batches"
                 )
             self.tasks = self.data.tasks(given)
+            self.check_held_out()
             if means:
                 self.gates.calibrate(inputs for inputs, _, _ in self.data.batches())
             return
@@ -200,16 +215,38 @@ class _Learner:
         elif fidelity is not None and self.held_out is not None:
             self.held = Pool.of(self.held_out, None, replace(self.method, **HELD_OUT_DRAWS))
         self.tasks = self.pool.tasks(given, self.method)
+        self.check_held_out()
         for places in torch.arange(len(self.pool)).split(SAMPLES_PER_PASS):
             batch = self.pool.part(places)
             self.teacher.ask(batch.inputs, places.tolist(), means.add if means else None)
         if means:
             self.gates.close_to_means(means)
 
+    def check_held_out(self) -> None:
+        """Whether there is what will be measured; later would be too late."""
+        if self.held is not None:
+            try:
+                self.held.tasks(self.tasks, replace(self.method, **HELD_OUT_DRAWS))
+            except LearningError as error:
+                raise LearningError(f"held-out samples: {error}") from error
+        if self.held_out is None or self.method.output == "any":
+            return
+        own, samples = Counter[Label](), 0
+        for _, labels, _ in self.held_out.batches():
+            samples += len(labels)
+            own.update({label: int(has(labels, label).sum()) for label in self.tasks.labels})
+        for label, name in zip(self.tasks.labels, self.tasks.names, strict=True):
+            if not 0 < own[label] < samples:
+                raise LearningError(
+                    f"held_out: expected samples of task {name} and of others, got {own[label]} of it among {samples}"
+                )
+
     def warm(self, start: str | Method | Masks | None) -> None:
         """First scores from a method's or masks' own order of the units."""
         if start is None:
             return
+        if self.method.sampling == "each":
+            raise LearningError(f"start: the gates of {self.method.name!r} start open, for each sample anew")
         if isinstance(start, Masks):
             start = without_wrappers(start, self.gates.sites)
             check_same_sites(start.sites, self.gates.sites, "start from masks of this model and choice of sites")
@@ -221,6 +258,11 @@ class _Learner:
                 raise LearningError(
                     f"start: {method.name!r} and {self.method.name!r} see data in different ways; "
                     "start from masks that one of them learnt, or from a baseline"
+                )
+            if method.output not in ("any", self.method.output):
+                raise LearningError(
+                    f"start: {method.name!r} takes outputs for {method.output!r} and {self.method.name!r} for "
+                    f"{self.method.output!r}; pass one that has the same output="
                 )
             found = replace(self, asked=method, reports=[], first=None)
             found.tasks, found.checkpoint = self.tasks, self.checkpoint
@@ -244,7 +286,9 @@ class _Learner:
         if selection is not None:
             self.method = self.asked.paced(float(selection.targets.min()))
         method, data, labels = self.method, self.data, self.tasks.labels
+        self.told_at = 0
         if method.sampling == "own":
+            torch.manual_seed(self.seed)  # for a loader that shuffles: in one order, whatever was read before
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)
         assert self.pool is not None  # `read` made it
         if method.sampling == "each":
@@ -333,8 +377,9 @@ class _Learner:
             self.checkpoint.note(index + 1, scores, state)
             if self.reports:
                 parts = {name: term[shown] for name, term in terms.items()}
-                held_out = self.told(batch, labels, scores, selection)
-                self.report(batch, losses, parts, table, samples, clock, held_out)
+                with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
+                    held_out = self.told(batch, labels, scores, selection)
+                    self.report(batch, losses, parts, table, samples, clock, held_out)
         self.checkpoint.note(-1, scores, {})
         return scores
 
@@ -379,7 +424,8 @@ class _Learner:
         self, batch: Batch, labels: Sequence[object], scores: Table, selection: Selection | None
     ) -> dict[str, float]:
         """Means of the held-out figures, ten times in a run."""
-        due = batch.total and batch.done * TIMES // batch.total > (batch.done - 1) * TIMES // batch.total
+        tenths = batch.done * TIMES // batch.total if batch.total else 0
+        due, self.told_at = tenths > self.told_at, max(tenths, self.told_at)
         if self.held_out is None or not due or self.method.sampling == "each":
             return {}
         tasks = self.tasks.select([self.tasks.row(label) for label in labels])
@@ -473,6 +519,21 @@ def _classes(model: nn.Module, sample: Any) -> int:
     if number < 2:
         raise ModelError("expected a classifier of two or more classes, got one output")
     return number
+
+
+def _kept(data: Data) -> Data:
+    """Data in memory, read once: random changes to images are the same whenever they are measured."""
+    with torch.random.fork_rng([]):
+        return replace(data, loader=list(read(data.loader)))
+
+
+def _described(method: Method) -> dict[str, str]:
+    """What decides how a method learns, its callables by their names."""
+    parts = {each.name: getattr(method, each.name) for each in fields(method)}
+    return {
+        name: getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
+        for name, value in parts.items()
+    }
 
 
 def _on(samples: Samples, device: torch.device) -> Samples:

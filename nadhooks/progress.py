@@ -68,14 +68,14 @@ def csv_log(path: str | PathLike[str]) -> Report:
     """
     file = Path(path)
     try:
-        with file.open("a", newline="") as opened:
+        with file.open("a", newline="", encoding="utf-8") as opened:
             if opened.tell() == 0:
                 csv.writer(opened, lineterminator="\n").writerow(["step", "measure", "value"])
     except OSError as error:
         raise LearningError(f"cannot write the log {file}: {error.strerror}") from error
 
     def report(progress: Progress) -> None:
-        with file.open("a", newline="") as opened:
+        with file.open("a", newline="", encoding="utf-8") as opened:
             rows = csv.writer(opened, lineterminator="\n")
             rows.writerows([progress.done, name, f"{value:.6g}"] for name, value in progress.numbers().items())
 

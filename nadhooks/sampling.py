@@ -123,6 +123,14 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
             yield inputs, labels.cpu(), batch[2] if len(batch) > 2 else None
 
 
+def _length(loader: Iterable[Any]) -> int:
+    """Batches of a loader, 0 where it does not know."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else 0
+    except TypeError:  # a DataLoader of a data set without a length
+        return 0
+
+
 def shown_in(labels: Tensor) -> list[int]:
     """The labels that a batch shows."""
     return labels.any(0).nonzero()[:, 0].tolist() if labels.dim() == 2 else labels.unique().tolist()
@@ -130,7 +138,9 @@ def shown_in(labels: Tensor) -> list[int]:
 
 def has(labels: Tensor, label: Label) -> Tensor:
     """(batch,) whether each sample is of that label."""
-    return labels[:, int(label)] if labels.dim() == 2 else labels.eq(int(label))
+    if labels.dim() == 1:
+        return labels.eq(int(label))
+    return labels[:, int(label)] if 0 <= int(label) < labels.shape[1] else torch.zeros(len(labels), dtype=torch.bool)
 
 
 def peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
@@ -155,7 +165,7 @@ def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
     Batches of several tasks go together, never two of one, for the second wants what was learnt from the first. Tasks
     wait for each other as long as memory for a pool lasts.
     """
-    total = method.epochs * len(data.loader) if isinstance(data.loader, Sized) else 0
+    total = method.epochs * _length(data.loader)
     classes = [data.classes(label) for label in tasks.labels]
     together = max(1, SAMPLES_PER_PASS // method.batch)  # tasks
     done = 0
@@ -202,7 +212,7 @@ def _own_batch(
     task_of = torch.tensor(rows)
     positive = torch.ones_like(task_of, dtype=torch.bool)
     samples = Samples(task_of, torch.stack(list(classes))[task_of], positive, join([target for _, target in taken]))
-    return Batch(inputs, keys, samples, done, total)
+    return Batch(inputs, keys, samples, done - (done == total and any(waiting)), total)  # total is for the last
 
 
 # --- as many of every task, in every step ----------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class Forward:
         pair = doubled(sample)
         with torch.no_grad(), self.gates.everything_open():
             expected = self(pair, 2)
-            leaves = leaves_of(expected.outputs)
-            self.by_sample = all(isinstance(leaf, Tensor) and leaf.shape[:1] == (2,) for leaf in leaves)
+            twice, once = _first_axes(expected.outputs), _first_axes(self(sample, 1).outputs)
+            self.by_sample = bool(once) and set(once) == {1} and twice == [2] * len(once)
             self.channels_last = True
             try:
                 found = self(pair, 2)
@@ -87,11 +87,15 @@ class Teacher:
         self.forward, self.compares = forward, compares
         self.outputs, self.sites = _Rows(capacity // 8), _Rows(capacity - capacity // 8)
         self.names = [site.name for site in forward.gates.sites]
+        self.last: list[Hashable] = []  # keys of the last step
         self.rebuild: Callable[[list[Any]], Any] = list
 
     def of(self, inputs: Any, keys: Sequence[Hashable]) -> Pass:
         """Answers that are looked up, or computed when they are asked for. Equal inputs have equal keys."""
-        return _Answers(self, inputs, keys) if self.forward.by_sample else self._run(inputs, len(keys))
+        if not self.forward.by_sample:
+            return self._run(inputs, len(keys))
+        self._turn_to(keys)
+        return _Answers(self, inputs, keys)
 
     def ask(self, inputs: Any, keys: Sequence[Hashable], see: Callable[[Site, Tensor], None] | None = None) -> None:
         """Runs the open network and remembers what it answers, until it is asked again at least."""
@@ -104,14 +108,24 @@ class Teacher:
 
     def remember(self, inputs: Any, keys: Sequence[Hashable]) -> None:
         """As if it had been asked for these in a step."""
-        if self.forward.by_sample and not self.outputs.passing:
-            self.look_up(inputs, keys, self.outputs)
+        if self.forward.by_sample:
+            self._turn_to(keys)
+            if not (self.outputs.full and (self.sites.full or not self.compares)):
+                self.look_up(inputs, keys, self.outputs)
+
+    def _turn_to(self, keys: Sequence[Hashable]) -> None:
+        """What did not fit is forgotten after its step, or the last bits would depend on where a run went on."""
+        if list(keys) != self.last:
+            self.last = list(keys)
+            self.outputs.forget_passing()
+            self.sites.forget_passing()
 
     def _run(self, inputs: Any, samples: int, see: Callable[[Site, Tensor], None] | None = None) -> Pass:
         with torch.no_grad(), self.forward.gates.everything_open():
             return self.forward(inputs, samples, see)
 
     def look_up(self, inputs: Any, keys: Sequence[Hashable], rows: _Rows) -> list[Tensor]:
+        self.compares |= rows is self.sites  # whoever asks for them compares
         if rows.missing(keys):
             rows.forget_passing()
             places = rows.missing(keys)
@@ -156,6 +170,7 @@ class _Rows:
         self.places: dict[Hashable, int] = {}
         self.passing: list[Hashable] = []
         self.staying = 0  # rows
+        self.full = False
         self.tables: list[Tensor] = []
         self.orders: list[list[int]] = []  # of axes in memory: mixing orders would slow down what is computed from them
 
@@ -189,6 +204,7 @@ class _Rows:
         fit = min(max(0, most - self.staying), len(new))
         self.passing = [keys[place] for place in new[fit:]]
         self.staying += fit
+        self.full |= fit < len(new)
 
     def of(self, keys: Sequence[Hashable]) -> list[Tensor]:
         rows = torch.tensor([self.places[key] for key in keys], dtype=torch.long, device=self.tables[0].device)
@@ -202,6 +218,10 @@ def _longer(table: Tensor, used: int, rows: int) -> Tensor:
     longer = table.new_empty(rows, *table.shape[1:])
     longer[:used] = table[:used]
     return longer
+
+
+def _first_axes(outputs: Any) -> list[int | None]:
+    return [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves_of(outputs)]
 
 
 def _full_precision(outputs: Any) -> Any:

@@ -185,7 +185,9 @@ def doubled(example: Any) -> Any:
     """Forward arguments with every sample twice: tensors have samples on axis 0, lists among them are of samples."""
     if isinstance(example, (tuple, list)):
         return tuple(each * 2 if isinstance(each, list) else doubled(each) for each in example)
-    return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), example)
+    if isinstance(example, dict):
+        return {key: each * 2 if isinstance(each, list) else doubled(each) for key, each in example.items()}
+    return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, example)
 
 
 def samples_in(example: Any) -> int:

@@ -81,6 +81,8 @@ def recognition(
             for row, (label, name) in enumerate(zip(tasks.labels, tasks.names, strict=True)):
                 if not isinstance(label, int):
                     raise TaskError(f"task {name}: expected a label that is an output of the model, got {label!r}")
+                if outputs is not None and label not in outputs:
+                    raise TaskError(f"task {name}: outputs= does not say which of the model's outputs mean it")
                 own = has(labels, label)
                 if not own.any() or own.all():
                     raise DataError(f"task {name}: expected images of this class and of others, got one of them only")

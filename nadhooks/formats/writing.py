@@ -8,6 +8,16 @@ from os import PathLike
 from pathlib import Path
 
 
+def check_writable(path: str | PathLike[str]) -> None:
+    """Raises OSError where `write_bytes` would, and leaves everything as it is."""
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path.parent)) from error
+
+
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     """Writes to a temporary file in the same directory, then renames. Raises OSError; never leaves half a file."""
     path = Path(path)

@@ -16,7 +16,7 @@ def random() -> Method:
     def objective(student: Pass, teacher: Pass, samples: Samples, gates: Table) -> Tensor:
         return torch.stack([0 * gate.sum(1) for gate in gates.values()]).sum(0)
 
-    return _ranking("random", objective, initial=normal, steps=1, positives=1, compares=False, output="any")
+    return _ranking("random", objective, initial=normal, steps=1, positives=1, images=32, compares=False, output="any")
 
 
 def activation(*, images: int = 32) -> Method:
@@ -91,8 +91,9 @@ def routing(*, images: int = 16, steps: int = 30, lr: float = 0.1, penalty: floa
 
 
 def _draws(images: int) -> tuple[int, int]:
-    """(steps, positives) that show so many images, in draws of 8."""
-    return max(1, images // 8), min(images, 8)
+    """(steps, positives) that show so many images, in draws of at most 8."""
+    steps = max(1, -(-images // 8))
+    return steps, -(-images // steps)
 
 
 def _ranking(name: str, objective, steps: int, positives: int, *, initial=zeros, **more) -> Method:  # type: ignore[no-untyped-def]

@@ -11,17 +11,17 @@ from .. import objectives
 from .estimators import cubic, momentum_step, near_zero, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
-PACE = 2.35  # 60 steps for a share of 0.55 and 250 for one of 0.3 came out well
+PACE = 2.35  # 120 steps for a share of 0.55 and 500 for one of 0.3 came out well
 
 
 def contrastive(
     *,
-    steps: int = 60,
-    positives: int = 4,
-    negatives: int = 4,
+    steps: int = 120,
+    positives: int = 2,
+    negatives: int = 2,
     momentum: float = 0.8,
     activation: float = 1.0,
-    contrast: float = 1.0,
+    contrast: float = 3.0,
     images: int = 64,
     output: Output = "softmax",
 ) -> Method:

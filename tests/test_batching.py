@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nadhooks.batching import digest, in_memory_format, join, moved, nbytes, pick, singles, size
+
+X = torch.arange(6.0).reshape(3, 2)
+NAMES = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (X, 3),
+        ((X, X[:, 0]), 3),
+        ({"x": X, "names": NAMES}, 3),
+        ((NAMES,), 3),
+        ((X, torch.tensor(2.0)), 3),  # a number for all samples
+        ((X, 2.0), 3),
+        ((X, X[:2]), None),
+        ({}, None),
+        (5, None),
+        (torch.tensor(1.0), None),
+    ],
+)
+def test_the_number_of_samples_is_what_all_parts_agree_in(inputs: Any, expected: int | None) -> None:
+    assert size(inputs) == expected
+
+
+@pytest.mark.parametrize("places", [torch.tensor([2, 0]), torch.tensor([True, False, True])])
+def test_samples_are_picked_from_every_part(places: torch.Tensor) -> None:
+    order = [2, 0] if places.dtype == torch.long else [0, 2]
+    picked = pick({"x": X, "more": (NAMES, 7.0, torch.tensor(3.0)), "none": None}, places)
+    assert picked["x"].tolist() == X[order].tolist()
+    assert picked["more"] == ([NAMES[i] for i in order], 7.0, torch.tensor(3.0))
+    assert picked["none"] is None
+
+
+def test_parts_put_together_again_are_the_whole() -> None:
+    inputs = ({"x": X}, NAMES, torch.tensor(3.0), "same", None)
+    parts = singles(inputs, 3)
+    assert [part[1] for part in parts] == [["a"], ["b"], ["c"]]
+    joined = join(parts)
+    assert torch.equal(joined[0]["x"], X)
+    assert joined[1:] == (NAMES, torch.tensor(3.0), "same", None)
+
+
+def test_single_samples_do_not_keep_their_batch_in_memory() -> None:
+    assert [part.untyped_storage().nbytes() for part in singles(X, 3)] == [8, 8, 8]
+
+
+def test_equal_samples_are_known_by_the_same_and_others_are_not() -> None:
+    assert digest((X, "a")) == digest((X.clone(), "a"))
+    others = [(X + 1, "a"), (X, "b"), (X.reshape(2, 3), "a")]
+    assert len({digest(other) for other in [(X, "a"), *others]}) == 4
+    assert digest(X.T.contiguous().T) == digest(X)  # whatever its order in memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int64, torch.float64])
+def test_samples_of_every_type_are_known_again(dtype: torch.dtype) -> None:
+    assert digest(X.to(dtype)) == digest(X.to(dtype))
+    assert digest(X.to(dtype)) != digest((X == 0).to(dtype))
+    assert digest(torch.tensor(1, dtype=dtype)) != digest(torch.tensor(0, dtype=dtype))
+
+
+def test_bytes_are_those_of_all_tensors() -> None:
+    assert nbytes({"x": X, "more": (X.double(), NAMES)}) == 6 * 4 + 6 * 8
+
+
+def test_only_images_change_their_order_in_memory() -> None:
+    images, vectors = in_memory_format((torch.zeros(2, 1, 4, 5), X), torch.channels_last)
+    assert images.stride() == (20, 1, 5, 1)  # of one channel too
+    assert vectors is X
+    assert moved([X, "a"], torch.device("cpu"))[0] is X

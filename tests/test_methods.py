@@ -1,0 +1,500 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nadhooks
+from nadhooks import methods, sampling
+from nadhooks.budgets import Budget
+from nadhooks.errors import LearningError, NadhooksError, SiteError, TaskError
+from nadhooks.masks import Masks
+
+from .nets import Mlp, fair_line, images, labelled, seeded, sorted_by_label, vectors
+
+SITES = ["act1", "act2"]
+Loader = list[tuple[Tensor, Tensor]]
+
+
+def line_loader() -> Loader:
+    return labelled(fair_line(), images(64))
+
+
+def mlp() -> Mlp:
+    return seeded(Mlp, 4)
+
+
+def mlp_loader(samples: int = 60) -> Loader:
+    return labelled(mlp(), vectors(samples, seed=3))
+
+
+def learnt(method: Any, data: Any = None, **more: Any) -> Masks:
+    return nadhooks.learn(fair_line(), line_loader() if data is None else data, SITES, method=method, **more)
+
+
+def same(a: Masks, b: Masks, atol: float = 1e-12) -> None:
+    for label in b.labels:
+        for site in b.values:
+            torch.testing.assert_close(a.select(label)[site], b.select(label)[site], rtol=0, atol=atol)
+
+
+def recording(method: methods.Method) -> tuple[methods.Method, list[dict[str, Tensor]]]:
+    """The method, and the gradients that its update is shown."""
+    seen: list[dict[str, Tensor]] = []
+
+    def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
+        seen.append({site: gradient.clone() for site, gradient in gradients.items()})
+        method.update(scores, gradients, step, state)
+
+    return replace(method, update=update), seen
+
+
+def scored(method: methods.Method, model: Any, loader: Any, sites: Any, **more: Any) -> dict[str, Tensor]:
+    """The scores that a method ends with."""
+    found: dict[str, Tensor] = {}
+
+    def estimator(scores: methods.Table, step: methods.Step) -> methods.Table:
+        if step.final:
+            found.update(scores)
+        return method.estimator(scores, step)
+
+    nadhooks.learn(model, loader, sites, method=replace(method, estimator=estimator), **more)
+    return found
+
+
+# --- mixed batches ---
+
+ALL = [
+    methods.nad(epochs=2, batch=4),
+    methods.class_only(steps=6),
+    methods.contrastive(steps=6),
+    replace(methods.contrastive(steps=6), estimator=methods.hard_concrete()),
+    methods.taylor(images=8),
+    methods.activation(images=8),
+    methods.routing(images=3, steps=3),
+    methods.random(),
+]
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: f"{method.name}-{method.estimator.__qualname__[:6]}")
+def test_tasks_together_get_what_each_gets_alone(method: methods.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = learnt(method)
+    assert len({tuple(torch.cat([together[site][row] for site in SITES]).tolist()) for row in range(3)}) > 1
+    same(learnt(method, tasks=[2, 0, 1]), together)
+    same(learnt(method, sorted_by_label(line_loader())), together)
+    same(learnt(method, cache=0), together)
+    same(learnt(method, cache=50_000), together)
+    for label in range(3):
+        same(together, learnt(method, tasks=[label]))
+    for samples in (8, 16):
+        for module in (nadhooks.learning, sampling):
+            monkeypatch.setattr(module, "SAMPLES_PER_PASS", samples)
+        same(learnt(method), together)
+
+
+@pytest.mark.parametrize(
+    "method", [methods.nad(epochs=1, batch=64), methods.class_only(steps=2), methods.contrastive(steps=2)]
+)
+def test_gradients_of_tasks_together_are_those_of_each_alone(method: methods.Method) -> None:
+    spied, together = recording(method)
+    learnt(spied)
+    for label in range(3):
+        spied, alone = recording(method)
+        learnt(spied, tasks=[label])
+        for site in SITES:
+            assert bool(alone[-1][site].any())
+            torch.testing.assert_close(together[-1][site][label], alone[-1][site][0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [methods.nad(epochs=2, batch=4), methods.contrastive(steps=5)])
+def test_shuffling_loaders_give_tasks_the_same_together_and_alone(method: methods.Method) -> None:
+    x, labels = (torch.cat(parts) for parts in zip(*line_loader(), strict=True))
+    shuffling = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), 9, shuffle=True)
+    together = learnt(method, shuffling)
+    same(learnt(method, shuffling, tasks=[1, 2, 0], cache=0), together)
+    same(together, learnt(method, shuffling, tasks=[1]))
+    other = learnt(method, shuffling, seed=1)
+    assert any(not torch.equal(other[site], together[site]) for site in SITES)
+
+
+# --- estimators ---
+
+HARD = [methods.straight_through_topk, methods.hard_concrete(), methods.hard_concrete(0.3, (-0.2, 1.2))]
+
+
+@pytest.mark.parametrize("estimator", HARD)
+@pytest.mark.parametrize("keep", [4, Budget(0.6, by="parameters"), Budget(2, over="site")])
+def test_estimators_end_with_hard_gates_within_the_budget(estimator: methods.Estimator, keep: Any) -> None:
+    method = replace(methods.contrastive(steps=6), estimator=estimator)
+    masks = learnt(method, keep=keep)
+    assert masks == masks.hard()
+    units = torch.cat([masks[site] for site in SITES], 1).sum(1)
+    if keep == 4:
+        assert units.tolist() == [4, 4, 4]
+    elif keep.over == "site":
+        assert all(masks[site].sum(1).tolist() == [2, 2, 2] for site in SITES)
+    else:
+        cost = {"act1": 2 * 9 + 1, "act2": 4 * 9 + 1}
+        paid = torch.stack([masks[site].sum(1) * cost[site] for site in SITES]).sum(0)
+        assert bool((paid <= 0.6 * (4 * 19 + 5 * 37)).all())
+    same(learnt(method, keep=keep), masks)  # randomness is decided by the seed
+
+
+def step(index: int = 0, total: int = 10, keep: int = 3, noise: float = 0.5) -> methods.Step:
+    def best(scores: methods.Table) -> methods.Table:
+        everything = torch.cat(list(scores.values()), 1).detach()
+        hard = torch.zeros_like(everything).scatter(1, everything.topk(keep).indices, 1)
+        return dict(zip(scores, hard.split([x.shape[1] for x in scores.values()], 1), strict=True))
+
+    return methods.Step(
+        index, total, 0.0, best, lambda: {"a": torch.full((1, 4), noise), "b": torch.full((1, 2), noise)}
+    )
+
+
+def scores() -> methods.Table:
+    return {
+        "a": torch.tensor([[0.3, -1.0, 2.0, 0.1]]).requires_grad_(),
+        "b": torch.tensor([[0.5, -0.2]]).requires_grad_(),
+    }
+
+
+def test_straight_through_gates_are_hard_and_pass_gradients_on() -> None:
+    first = scores()
+    gates = methods.straight_through_topk(first, step())
+    assert gates["a"].tolist() == [[1, 0, 1, 0]]
+    assert gates["b"].tolist() == [[1, 0]]
+    (3 * gates["a"].sum()).backward()
+    assert first["a"].grad is not None
+    assert first["a"].grad.tolist() == [[3] * 4]
+
+
+def test_hard_concrete_gates_stand_around_the_budgets_threshold() -> None:
+    first = scores()
+    gates = methods.hard_concrete()(first, step())
+    # of no noise, (score − threshold) / temperature through the stretched sigmoid; the threshold is the third best, 0.3
+    for site, score in first.items():
+        expected = (((score - 0.3) * 1.5).sigmoid() * 1.2 - 0.1).clamp(0, 1)
+        torch.testing.assert_close(gates[site], expected)
+    torch.cat(list(gates.values()), 1).sum().backward()
+    assert all(score.grad is not None and bool(score.grad.any()) for score in first.values())
+    for noise, value in ((0.0, 0.0), (1.0, 1.0)):
+        assert set(methods.hard_concrete()(scores(), step(noise=noise))["a"].flatten().tolist()) == {value}
+    assert methods.hard_concrete()(scores(), step(10))["a"].tolist() == [[1, 0, 1, 0]]
+
+
+def test_sigmoid_gates_know_no_budget() -> None:
+    soft = learnt(replace(methods.contrastive(steps=3), estimator=methods.sigmoid), keep=0.1)
+    values = torch.cat([soft[site] for site in SITES], 1)
+    assert bool(((values > 0) & (values < 1)).all())
+    found = methods.sigmoid(scores(), step())["b"]
+    torch.testing.assert_close(found, torch.tensor([[1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(0.2))]]))
+
+
+def test_updates_are_their_formulas() -> None:
+    gradient = {"a": torch.tensor([[3.0, 4.0], [0.0, 0.0]])}
+    start = {"a": torch.zeros(2, 2)}
+    methods.normalised_step(0.1)(start, gradient, step(), {})
+    torch.testing.assert_close(start["a"], torch.tensor([[-0.06, -0.08], [0, 0]]))
+    start = {"a": torch.zeros(2, 2)}
+    state: methods.Table = {}
+    expected, momentum = torch.zeros(2), torch.zeros(2)
+    for index in range(3):
+        methods.momentum_step(0.5)(start, gradient, step(index, 4), state)
+        momentum = 0.5 * momentum + math.sqrt(2) * torch.tensor([0.6, 0.8])
+        expected -= (1 + math.cos(math.pi * index / 4)) / 2 * momentum
+    torch.testing.assert_close(start["a"], torch.stack([expected, torch.zeros(2)]))
+
+
+# --- baselines ---
+
+
+def test_random_units_depend_on_the_seed_and_the_task_alone() -> None:
+    masks = learnt("random", keep=4)
+    assert torch.cat([masks[site] for site in SITES], 1).sum(1).tolist() == [4, 4, 4]
+    other_data = labelled(fair_line(5), images(50, seed=7))
+    same(learnt("random", other_data, keep=4, tasks=[2, 1]), masks.select([1, 2]))
+    assert any(not torch.equal(learnt("random", keep=4, seed=1)[site], masks[site]) for site in SITES)
+    rows = {tuple(torch.cat([masks[site][row] for site in SITES]).tolist()) for row in range(3)}
+    assert len(rows) > 1
+
+
+def of_label(data: Loader, label: int) -> Tensor:
+    return torch.cat([x[y == label] for x, y in data])
+
+
+def even(data: Loader, number: int) -> Loader:
+    """The first so many samples of every label."""
+    x, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    places = torch.cat([(labels == label).nonzero()[:number, 0] for label in range(3)])
+    return [(x[places], labels[places])]
+
+
+def test_activation_ranks_units_by_their_share_of_energy() -> None:
+    model, data = mlp(), even(mlp_loader(), 8)
+    method = methods.activation(images=8)
+    found = scored(method, model=model, loader=data, sites=["fc1", "act"])
+    hard = nadhooks.learn(model, data, ["fc1", "act"], method=method, keep=6)
+    for label in range(3):
+        x = model.fc1(of_label(data, label)).detach()
+        energies = [x.square(), x.relu().square()]
+        expected = torch.cat([(e / e.mean(1, keepdim=True)).mean(0) for e in energies])
+        row = torch.cat([found[site][label] for site in ("fc1", "act")])
+        torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
+        best = expected.argsort(descending=True, stable=True)[:6]
+        kept = torch.cat([hard[site][label] for site in ("fc1", "act")])
+        assert sorted(best.tolist()) == kept.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("images", [1, 3, 8, 9, 12, 32, 33])
+def test_baselines_see_as_many_images_as_they_say(images: int) -> None:
+    for method in (methods.activation(images=images), methods.taylor(images=images)):
+        assert images <= method.steps * method.positives < images + method.steps
+        assert method.positives <= 8
+
+
+@pytest.mark.parametrize("closed", ["zero", "mean"])
+def test_taylor_scores_are_gradients_computed_by_hand(closed: Any) -> None:
+    model, data = mlp(), even(mlp_loader(), 6)
+    method = replace(methods.taylor(images=6), steps=1, positives=6, negatives=400)
+    found = scored(method, model=model, loader=data, sites="act", closed=closed, seed=3)
+    x, labels = data[0]
+    hidden = model.act(model.fc1(x)).detach().requires_grad_()
+    mean = hidden.detach().mean(0) if closed == "mean" else torch.zeros(7)
+    for label in range(3):
+        surprise = F.cross_entropy(model.fc2(hidden), torch.full((len(x),), label), reduction="none")
+        (gradient,) = torch.autograd.grad(surprise.sum(), hidden)
+        each = ((hidden - mean) * gradient).detach()  # what closing the gate changes, to first order
+        drawn = sampling.generator(3, label)
+        own, others = (labels == label).nonzero()[:, 0], (labels != label).nonzero()[:, 0]
+        torch.randperm(len(own), generator=drawn)
+        negatives = others[torch.randint(len(others), (400,), generator=drawn)]
+        expected = -(each[own].mean(0) - each[negatives].mean(0))
+        torch.testing.assert_close(found["act"][label], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_routing_is_the_loop_written_by_hand() -> None:
+    model, data = mlp(), even(mlp_loader(), 5)
+    method = methods.routing(images=5, steps=4, lr=0.1, penalty=0.05)
+    found = scored(method, model=model, loader=data, sites="act")
+    for label in range(3):
+        gates = []
+        for x in of_label(data, label):
+            gate, speed = torch.ones(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+            hidden = model.act(model.fc1(x)).detach()
+            predicted = model(x[None]).argmax(1)
+            for _ in range(4):
+                leaf = gate.clone().requires_grad_()
+                loss = F.cross_entropy(model.fc2(hidden * leaf)[None], predicted) + 0.05 * leaf.sum()
+                (gradient,) = torch.autograd.grad(loss, leaf)
+                speed = 0.9 * speed + gradient
+                gate = (gate - 0.1 * speed).clamp(min=0)
+            gates.append(gate)
+        torch.testing.assert_close(found["act"][label], torch.stack(gates).mean(0), rtol=0, atol=1e-12)
+    hard = nadhooks.learn(model, data, "act", method=method, keep=3)
+    for label in range(3):
+        best = found["act"][label].argsort(descending=True, stable=True)[:3]
+        assert hard["act"][label].nonzero()[:, 0].tolist() == sorted(best.tolist())
+
+
+# --- where learning starts ---
+
+STILL = replace(methods.contrastive(steps=1), update=lambda scores, gradients, step, state: None)
+
+
+@pytest.mark.parametrize("start", ["taylor", "activation", "random"])
+def test_a_warm_start_is_the_order_of_the_baseline(start: str) -> None:
+    masks = learnt(STILL, start=start, keep=4)
+    baseline = methods.METHODS[start]()
+    # one pool for both: the start sees no more samples than the method itself
+    same(masks, learnt(replace(baseline, images=STILL.positives), keep=4))
+    assert masks.provenance["start"] == start
+
+
+def test_masks_are_a_start() -> None:
+    first = learnt("random", keep=4, seed=8)
+    masks = learnt(STILL, start=first, keep=4)
+    same(masks, first)
+    assert masks.provenance["start"] == "masks"
+    same(learnt(STILL, start=first.select([2, 1, 0]), keep=4), first)  # whatever their order
+    nad = learnt(replace(methods.nad(epochs=1), update=STILL.update), start=first)
+    logits = [torch.logit(nad[site]) - 3 * (2 * first[site] - 1) for site in SITES]
+    initial = learnt(replace(methods.nad(epochs=1), update=STILL.update))
+    for site, logit in zip(SITES, logits, strict=True):
+        torch.testing.assert_close(logit, torch.logit(initial[site]))
+
+
+def test_an_objective_that_does_not_compare_can_start_from_one_that_does() -> None:
+    masks = learnt(methods.contrastive(steps=2, activation=0), start="activation", cache=1000)
+    assert masks.provenance["start"] == "activation"
+
+
+def test_starts_that_do_not_fit_are_refused() -> None:
+    other = nadhooks.learn(mlp(), mlp_loader(), "act", method="random")
+    with pytest.raises(SiteError, match="start from masks of this model and choice of sites"):
+        learnt(STILL, start=other)
+    with pytest.raises(TaskError, match="unknown task 2"):
+        learnt(STILL, start=learnt("random", tasks=[0, 1]))
+    with pytest.raises(LearningError, match="'nad' and 'contrastive' see data in different ways"):
+        learnt(STILL, start="nad")
+    with pytest.raises(LearningError, match="'taylor' and 'nad' see data in different ways"):
+        learnt("nad", start="taylor")
+    with pytest.raises(LearningError, match="the gates of 'routing' start open"):
+        learnt("routing", start="taylor")
+    with pytest.raises(LearningError, match="'taylor' takes outputs for 'softmax' and 'contrastive' for 'sigmoid'"):
+        learnt(methods.contrastive(output="sigmoid"), start="taylor")
+    with pytest.raises(NadhooksError, match="method: expected"):
+        learnt(STILL, start="magic")
+
+
+# --- fidelity ---
+
+
+def test_every_task_is_faithful_enough_or_kept_whole(tmp_path: Any) -> None:
+    method = methods.contrastive(steps=8)
+    kept = []
+    for bound in (0.003, 0.03, 0.3, 10.0):
+        masks = learnt(method, fidelity=bound)
+        curve = masks.provenance["curve"]
+        assert masks.provenance["fidelity"] == bound
+        assert len(curve["keep"]) == len(curve["divergence"])
+        for row in range(3):
+            share = float(masks.kept()[row])
+            within = [
+                keep[row] for keep, far in zip(curve["keep"], curve["divergence"], strict=True) if far[row] <= bound
+            ]
+            assert share == (pytest.approx(max(1, round(min(within) * 9)) / 9) if within else 1)
+        kept.append(masks.kept())
+    for tight, loose in pairwise(kept):
+        assert bool((tight >= loose).all())
+    assert kept[-1].tolist() == pytest.approx([1 / 9] * 3)
+    masks.save(tmp_path / "masks")
+    assert nadhooks.load(tmp_path / "masks").provenance["curve"] == curve
+
+
+def test_fidelity_is_measured_on_held_out_data_if_there_is_some() -> None:
+    method = methods.contrastive(steps=4)
+    held_out = labelled(fair_line(), images(64, seed=9))
+    masks, own = learnt(method, fidelity=0.05, held_out=held_out), learnt(method, fidelity=0.05)
+    assert set(masks.quality) == {"recall", "fpr", "auc", "fpr95"}
+    assert own.quality == {}
+    assert masks.provenance["curve"] != own.provenance["curve"]
+    last = masks.provenance["curve"]["divergence"]
+    again = learnt(method, fidelity=0.05, held_out=iter(held_out)).provenance["curve"]["divergence"]
+    assert last == again
+
+
+def test_fidelity_is_the_divergence_on_samples_of_its_own() -> None:
+    """One task, and held-out data of so few images that all are drawn alike."""
+    model, data = mlp(), mlp_loader()
+    x = vectors(2, seed=12)
+    held_out = [(x, torch.tensor([0, 1]))]  # every positive is the first, every negative the second
+    options: dict[str, Any] = {"method": methods.contrastive(steps=3), "tasks": [0], "closed": "zero"}
+    masks = nadhooks.learn(model, data, "act", fidelity=1e-12, held_out=held_out, **options)
+    curve = masks.provenance["curve"]
+    first = nadhooks.learn(model, data, "act", keep=0.9, **options)
+    student = model.fc2(model.act(model.fc1(x)) * first["act"][0]).detach()
+    expected = nadhooks.objectives.binary_kl(student, model(x).detach(), torch.tensor([0, 0])).sum()
+    assert curve["keep"][0] == [0.9]
+    assert curve["divergence"][0] == [pytest.approx(float(expected), abs=1e-6)]
+
+
+def test_fidelity_that_cannot_be_is_refused_before_anything_is_learnt() -> None:
+    reports: list[Any] = []
+    method = methods.contrastive(steps=2)
+    with pytest.raises(NadhooksError, match=r"expected keep= or fidelity=, got both"):
+        learnt(method, fidelity=0.1, keep=0.5)
+    with pytest.raises(NadhooksError, match="fidelity: with 'nad' the share that is kept follows from its options"):
+        learnt("nad", fidelity=0.1)
+    for wrong in (0, -1.0, float("inf"), float("nan"), "x"):
+        with pytest.raises(NadhooksError, match="fidelity: expected a divergence above 0"):
+            learnt(method, fidelity=wrong)
+    for baseline in ("random", "activation"):
+        with pytest.raises(NadhooksError, match=f"fidelity: '{baseline}' measures no divergence"):
+            learnt(baseline, fidelity=0.1)
+    few = even(line_loader(), 3)
+    two = [(x[y != 2], y[y != 2]) for x, y in line_loader()]
+    for data, more in ((few, {}), (line_loader(), {"held_out": two})):
+        with pytest.raises(LearningError, match="held-out samples: the loader shows no sample of task"):
+            learnt(method, data, fidelity=0.1, progress=reports.append, **more)
+    assert reports == []
+    assert learnt("taylor", fidelity=0.5).provenance["curve"]["keep"]
+
+
+# --- lower precision ---
+
+
+class Planted(nn.Module):
+    """Units 0 to 2 of its convolution carry classes 0 to 2; the others carry what no one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 1)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.conv.weight[range(3), range(3)] = 1
+            self.conv.weight[3:, 3] = 1
+            self.head.weight[range(3), range(3)] = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+def test_learning_in_lower_precision_finds_the_same_units_and_keeps_scores_in_full() -> None:
+    labels = torch.arange(60) % 3
+    x = torch.rand(60, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 0.2
+    x[torch.arange(60), labels] += 1
+    method = methods.contrastive(steps=60, activation=0)
+    seen: list[Any] = []
+
+    def objective(student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table) -> Any:
+        seen.append((student.outputs.dtype, teacher.outputs.dtype, {gate.dtype for gate in gates.values()}))
+        seen.append(student.sites["conv"].dtype)
+        return method.objective(student, teacher, samples, gates)
+
+    def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
+        method.update(scores, gradients, step, state)
+        seen.append({x.dtype for x in (*scores.values(), *gradients.values(), *state.values())})
+
+    spied = replace(method, objective=objective, update=update)
+    full, low = (
+        nadhooks.learn(Planted(), [(x, labels)], "conv", method=spied, keep=3, autocast=dtype)
+        for dtype in (None, torch.bfloat16)
+    )
+    single = torch.float32
+    for place, sites in ((0, single), (180, torch.bfloat16)):
+        assert seen[place : place + 180] == [(single, single, {single}), sites, {single}] * 60
+    assert full["conv"].tolist() == low["conv"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]] * 3
+    assert low.means["conv"].dtype == single
+
+
+# --- means ---
+
+
+@pytest.mark.parametrize("sites", [["act1", "act2"], ["conv1", "conv2"]])
+def test_closed_units_put_out_the_means_that_calibrate_finds(sites: list[str]) -> None:
+    data = line_loader()
+    for method in (methods.contrastive(steps=30), methods.nad(epochs=1)):
+        masks = nadhooks.learn(fair_line(), data, sites, method=method, closed="mean")
+        with nadhooks.attach(fair_line(), sites, example=images(1)) as gates:
+            gates.calibrate(data)
+            for site in sites:
+                torch.testing.assert_close(masks.means[site], gates.means[site], rtol=1e-12, atol=1e-14)
+
+
+def test_options_are_checked() -> None:
+    for make, message in (
+        (lambda: methods.contrastive(positives=0), "contrastive: expected positives of at least 1, got 0"),
+        (lambda: methods.taylor(images=0), "taylor: expected positives of at least 1, got 0"),
+        (lambda: methods.routing(steps=0), "routing: expected steps of at least 1, got 0"),
+        (lambda: methods.nad(output="linear"), "expected output 'softmax', 'sigmoid' or 'any', got 'linear'"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(LearningError, match=message):
+            make()

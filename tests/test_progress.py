@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nadhooks
+from nadhooks import methods
+from nadhooks.errors import LearningError
+from nadhooks.evaluation import recognition
+from nadhooks.progress import Clock, Progress, csv_log, tensorboard_log
+
+from .nets import fair_line, images, labelled
+
+MEASURES = ("recall", "fpr", "auc", "fpr95")
+
+
+def loader(seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    return labelled(fair_line(), images(64, seed))
+
+
+def reported(**options: Any) -> tuple[nadhooks.Masks, list[Progress]]:
+    reports: list[Progress] = []
+    data = options.pop("loader", loader())
+    return nadhooks.learn(fair_line(), data, ["act1", "act2"], progress=reports.append, **options), reports
+
+
+def test_every_step_is_reported() -> None:
+    masks, reports = reported(method=methods.contrastive(steps=12), keep=0.4)
+    assert [report.done for report in reports] == list(range(1, 13))
+    assert {report.total for report in reports} == {12}
+    assert [report.samples for report in reports] == [24 * done for done in range(1, 13)]
+    assert reports[0].seconds_left is None
+    assert all(report.seconds_left is not None and report.seconds_left >= 0 for report in reports[1:])
+    assert reports[-1].seconds_left == 0
+    kept = [report.kept for report in reports]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 0.7
+    assert kept[-1] == pytest.approx(float(masks.kept().mean())) == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        (methods.nad(epochs=1), {"cross-entropy", "distance", "gates"}),
+        (methods.routing(images=2, steps=3), {"cross-entropy", "gates"}),
+        (methods.taylor(images=8), {"objective"}),
+    ],
+)
+def test_the_terms_add_up_to_the_loss(method: methods.Method, terms: set[str]) -> None:
+    _, reports = reported(method=method)
+    for report in reports:
+        assert set(report.terms) == terms
+        assert sum(report.terms.values()) == pytest.approx(report.loss, rel=1e-12)
+
+
+def test_terms_of_ones_own_are_told_by_their_names() -> None:
+    def objective(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> dict[str, Tensor]:
+        return {"first": gates["act1"].sum(1), "second": 2 * gates["act2"].sum(1)}
+
+    _, reports = reported(method=objective, keep=1.0)
+    assert reports[-1].terms == {"first": 4, "second": 10}
+    assert reports[-1].loss == 14
+
+
+def test_several_reports_hear_the_same() -> None:
+    first: list[Progress] = []
+    second: list[Progress] = []
+    nadhooks.learn(
+        fair_line(), loader(), "act1", method=methods.contrastive(steps=3), progress=[first.append, second.append]
+    )
+    assert first == second
+    assert len(first) == 3
+
+
+def test_time_left_is_at_the_pace_since_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock()
+    assert clock.left(5, 20) is None  # a run that goes on at its fifth step
+    now[0] += 3
+    assert clock.left(6, 20) == 3 * 14
+    now[0] += 1
+    assert clock.left(7, 20) == 2 * 13
+    assert clock.left(7, 0) is None
+
+
+@pytest.mark.parametrize(
+    "method", [methods.contrastive(steps=30), methods.contrastive(steps=25), methods.nad(epochs=4, batch=4)]
+)
+def test_held_out_figures_come_ten_times_and_are_those_of_recognition(method: methods.Method) -> None:
+    held_out = loader(seed=9)
+    masks, reports = reported(method=method, held_out=held_out)
+    told = [report for report in reports if report.held_out]
+    assert len(told) == 10
+    assert told[-1] is reports[-1]
+    model = fair_line()
+    with nadhooks.attach(model, masks.sites, example=images(1)) as gates:
+        found = recognition(gates, held_out, masks)
+    for measure in MEASURES:
+        expected = [getattr(figures, measure) for figures in found]
+        assert masks.quality[measure].tolist() == pytest.approx(expected, abs=1e-6)
+        assert reports[-1].held_out[measure] == pytest.approx(sum(expected) / 3, abs=1e-6)
+
+
+def test_tasks_that_are_learnt_one_by_one_are_told_ten_times_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 8)
+    masks, reports = reported(method=methods.contrastive(steps=10), held_out=loader(seed=9))
+    told = [report for report in reports if report.held_out]
+    assert [report.done for report in told] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
+    assert reports[-1].held_out["auc"] == pytest.approx(float(masks.quality["auc"][2]), abs=1e-6)
+
+
+def test_held_out_figures_are_of_no_consequence() -> None:
+    x, labels = (torch.cat(parts) for parts in zip(*loader(), strict=True))
+    shuffling: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), 9, shuffle=True)
+    method = methods.nad(epochs=3)
+
+    def draw(progress: Progress) -> None:
+        torch.rand(3)
+
+    alone = nadhooks.learn(fair_line(), shuffling, ["act1", "act2"], method=method)
+    told, reports = reported(loader=shuffling, method=method, held_out=shuffling)
+    silent = nadhooks.learn(fair_line(), shuffling, ["act1", "act2"], method=method, held_out=shuffling)
+    drawing = nadhooks.learn(fair_line(), shuffling, ["act1", "act2"], method=method, progress=draw)
+    assert any(report.held_out for report in reports)
+    for other in (told, silent, drawing):
+        assert all(torch.equal(alone[site], other[site]) for site in ("act1", "act2"))
+
+
+def test_held_out_data_is_read_once_and_may_be_an_iterator() -> None:
+    masks, reports = reported(method=methods.contrastive(steps=10), held_out=iter(loader(seed=9)))
+    expected, _ = reported(method=methods.contrastive(steps=10), held_out=loader(seed=9))
+    assert sum(bool(report.held_out) for report in reports) == 10
+    assert all(torch.equal(masks.quality[measure], expected.quality[measure]) for measure in MEASURES)
+
+
+@pytest.mark.parametrize("method", [methods.nad(epochs=1), methods.contrastive(steps=2)])
+def test_held_out_data_without_a_class_is_refused_before_anything_is_learnt(method: methods.Method) -> None:
+    reports: list[Progress] = []
+    for held_out, message in (
+        ([(x[y != 1], y[y != 1]) for x, y in loader()], "held_out: expected samples of task 1 and of others, got 0 of"),
+        ([(x[y == 0], y[y == 0]) for x, y in loader()], "held_out: expected samples of task 0 and of others"),
+        ([], "got an empty one"),
+    ):
+        with pytest.raises(LearningError, match=message):
+            nadhooks.learn(fair_line(), loader(), "act1", method=method, held_out=held_out, progress=reports.append)
+    assert reports == []
+
+
+def test_rows_are_added_to_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    reports: list[Progress] = []
+    for _ in range(2):
+        nadhooks.learn(
+            fair_line(),
+            loader(),
+            "act1",
+            method=methods.contrastive(steps=3),
+            progress=[csv_log(path), reports.append],
+            held_out=loader(seed=9),
+        )
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "measure", "value"]
+    found = [(int(row["step"]), row["measure"], float(row["value"])) for row in rows]
+    expected = [(report.done, name, value) for report in reports for name, value in report.numbers().items()]
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    assert [row[2] for row in found] == pytest.approx([row[2] for row in expected], rel=1e-5)
+    assert {"loss", "samples", "kept", "seconds_left", "held-out recall"} <= {row[1] for row in found}
+
+
+def test_terms_of_any_name_can_be_logged(tmp_path: Path) -> None:
+    csv_log(tmp_path / "run.csv")(Progress(1, 2, 0.5, terms={'größe, "x"': 0.5}))
+    with (tmp_path / "run.csv").open(newline="", encoding="utf-8") as file:
+        assert ["1", 'größe, "x"', "0.5"] in list(csv.reader(file))
+
+
+def test_a_table_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(LearningError, match=r"cannot write the log .*run\.csv"):
+        csv_log(tmp_path / "missing" / "run.csv")
+
+
+class Writer:
+    def __init__(self, folder: str = "") -> None:
+        self.folder = folder
+        self.scalars: list[tuple[str, float, int]] = []
+        self.flushed = 0
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+
+def test_numbers_go_to_tensorboard() -> None:
+    writer = Writer()
+    reports: list[Progress] = []
+    nadhooks.learn(
+        fair_line(),
+        loader(),
+        "act1",
+        method=methods.contrastive(steps=3),
+        progress=[tensorboard_log(writer), reports.append],
+        held_out=loader(seed=9),
+    )
+    assert writer.flushed == 3
+    for report in reports:
+        told = {name: value for name, value, step in writer.scalars if step == report.done}
+        assert told["loss"] == report.loss
+        assert told["held-out/auc"] == report.held_out["auc"]
+        assert len(told) == len(report.numbers())
+
+
+def test_a_folder_is_enough_for_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[Writer] = []
+
+    class Module(ModuleType):
+        @staticmethod
+        def SummaryWriter(folder: str) -> Writer:
+            made.append(Writer(folder))
+            return made[-1]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Module("torch.utils.tensorboard"))
+    tensorboard_log(tmp_path)(Progress(3, 4, 0.25))
+    assert made[0].folder == str(tmp_path)
+    assert ("loss", 0.25, 3) in made[0].scalars
+
+
+def test_tensorboard_itself_reads_what_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    tensorboard_log(tmp_path)(Progress(3, 4, 0.25))
+    events: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    found = events.EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(3, 0.25)]
+
+
+def test_without_tensorboard_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(LearningError, match="logging to TensorBoard needs its package: pip install tensorboard"):
+        tensorboard_log(tmp_path)
