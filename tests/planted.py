@@ -4,7 +4,8 @@ Every class asks its own yes-or-no question of a few *signals* in the input. Eac
 units, all of which all carriers of that signal behind them read. Beside them are distractors, which carry noise and
 mixtures of all that is before them, are never still, and are read by distractors only. What a class needs is therefore,
 in every site, the carriers of the signals that it asks about; to be told from others, too, for the signals are never
-still, so that every answer is a matter of degree.
+still, so that every answer is a matter of degree. Carriers are the more active units on a class's own samples, so
+that a ranking by activation finds them as well: these networks tell whether a method errs, not which one is best.
 
 The softmax over all answers couples nothing: class c says yes with logit log σ(l_c), and no, in two equal halves, with
 log σ(−l_c) − log 2. These add up to 1 for every class, so that p(c) = σ(l_c) / classes depends on the signals of c

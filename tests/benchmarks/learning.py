@@ -1,11 +1,11 @@
 """What learning costs and what its masks are worth, beside the authors' algorithm, the floor, and other rankings.
 
-    python -m tests.benchmarks.learning            # HOURS
-    python -m tests.benchmarks.learning --quick    # MINUTES
+    python -m tests.benchmarks.learning            # some 90 minutes on an idle core (estimated), half for the curve
+    python -m tests.benchmarks.learning --quick    # 5 to 10 minutes: one network, three classes, one seed
     python -m tests.benchmarks.learning --parts curve --figure docs/images/learning-curve.svg
 
-Two networks on Fashion-MNIST, a ResNet of nine sites and a VGG of six, are trained once and kept in the cache
-directory. One thread; seconds are processor time, runs to be compared alternate. Nothing is chosen on the held-out
+Two networks on Fashion-MNIST, a ResNet of nine sites and a VGG of six, are trained once (8 minutes) and kept in the
+cache directory. One thread; seconds are processor time, runs to be compared alternate. Nothing is chosen on held-out
 images: every method runs with its defaults. Parts:
 
 - `nad`: against the reference (tests/benchmarks/reference.py) from the same first logits, on the same batches;
