@@ -1,7 +1,7 @@
 """Whether unit-level graphs are causally true, on five trained networks on Fashion-MNIST (or digits).
 
-    python tests/benchmarks/flow.py                    # some 40 minutes on one busy core, most of it training
-    python tests/benchmarks/flow.py --models vit --classes 2
+    python -m tests.benchmarks.flow                  # some 40 minutes on one busy core, most of it training
+    python -m tests.benchmarks.flow --models vit --classes 2
 
 Small networks of five kinds are trained once and kept in the cache directory; masks are learnt, a graph is made for
 each class from the training images, and `nadhooks.verify` measures on the live network what the graph says. Targets:
@@ -18,35 +18,22 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import nadhooks
-from nadhooks.data import cache_dir, load_images
-from nadhooks.errors import NadhooksError
 from nadhooks.evaluation import Verification
-from nadhooks.formats.writing import write_bytes
+
+from .networks import ADAMW, pixels, resnet, trained, vgg
 
 console = Console(width=140)
 
 
-def vgg() -> nn.Module:
-    layers: list[nn.Module] = []
-    channels = 1
-    for width, pool in ((32, False), (32, True), (64, False), (64, True), (128, False), (128, True)):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        layers += [nn.MaxPool2d(2)] if pool else []
-        channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet": partial(timm.create_model, "resnet18", in_chans=1, channels=(32, 64, 96, 128), num_classes=10),
+    "resnet": partial(resnet, 32, 64, 96, 128),
     "vgg": vgg,
     "densenet": partial(
         timm.create_model, "densenet121", in_chans=1, growth_rate=12, block_config=(4, 4, 4), num_classes=10
@@ -59,44 +46,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         num_heads=4, num_classes=10,
     ),
 }  # fmt: skip
-
-
-def pixels(split: str) -> tuple[Tensor, Tensor]:
-    """(images (n, 1, 28, 28) normalised, labels (n,)): Fashion-MNIST, or where it is not to be had, digits."""
-    try:
-        data = load_images("fashion-mnist", split, lambda image: image).dataset  # type: ignore[arg-type]
-        images, labels = data.data.float() / 255, data.targets  # type: ignore[attr-defined]
-    except NadhooksError as error:
-        console.print(f"{error}; digits instead")
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        chosen = slice(None, 1437) if split == "train" else slice(1437, None)
-        images = F.interpolate(torch.tensor(digits.images[chosen]).float()[:, None] / 16, (28, 28))[:, 0]
-        labels = torch.tensor(digits.target[chosen])
-    return ((images - 0.286) / 0.353)[:, None], labels
-
-
-def trained(name: str, images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    torch.manual_seed(0)
-    model = NETWORKS[name]()
-    kept = cache_dir() / f"benchmark-flow-{name}-{len(images)}-{epochs}.safetensors"
-    if kept.is_file():
-        model.load_state_dict(safetensors.torch.load_file(kept))
-        return model.eval()
-    steps = epochs * (len(images) // 64)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for epoch in range(epochs):
-        console.print(f"training {name}, epoch {epoch + 1} of {epochs}")
-        for chosen in torch.randperm(len(images)).split(64)[: len(images) // 64]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(kept, safetensors.torch.save(model.state_dict()))
-    return model.eval()
 
 
 def row(name: str, accuracy: float, found: list[Verification], seconds: float) -> list[str]:
@@ -127,14 +76,14 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    images, labels = (part[: options.train_images] for part in pixels("train"))
-    held_images, held_labels = (part[:2000] for part in pixels("test"))
+    images, labels = (part[: options.train_images] for part in pixels("train", console))
+    held_images, held_labels = (part[:2000] for part in pixels("test", console))
     table = Table(
         "network", "accuracy", "edges", "paths", "units", "recall", "without strongest / random", "s a graph",
         title=f"rank correlation / Pearson; means over {options.classes} classes, {options.images} images",
     )  # fmt: skip
     for name in options.models:
-        model = trained(name, images, labels, options.epochs)
+        model = trained(f"flow-{name}", NETWORKS[name], images, labels, options.epochs, ADAMW, console)
         with torch.no_grad():
             accuracy = float(model(held_images).argmax(1).eq(held_labels).double().mean())
         loader = list(zip(images[:4000].split(100), labels[:4000].split(100), strict=True))
