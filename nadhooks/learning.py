@@ -123,11 +123,14 @@ def learn(
             _check_meaning(outputs, number)
             forward = Forward(gates, device, (lambda x: x) if method.output == "any" else logits_of, autocast)
             forward.settle(sample)
+            selection = None if budget is None else Selection(budget, gates.sites, _costs(budget, forward, sample))
+            if selection is not None and fidelity is None:
+                method = method.paced(float(selection.targets.min()))
             learner = _Learner(
                 gates,
                 Data(loader, number, device, outputs),
                 method,
-                None if budget is None else Selection(budget, gates.sites, _costs(budget, forward, sample)),
+                selection,
                 closed,
                 seed,
                 Teacher(forward, cache, method.compares),

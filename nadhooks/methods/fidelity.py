@@ -16,12 +16,12 @@ PACE = 2.35  # 120 steps for a share of 0.55 and 500 for one of 0.3 came out wel
 
 def contrastive(
     *,
-    steps: int = 120,
+    steps: int | None = None,
     positives: int = 2,
     negatives: int = 2,
     momentum: float = 0.8,
     activation: float = 1.0,
-    contrast: float = 3.0,
+    contrast: float = 4.0,
     images: int = 64,
     output: Output = "softmax",
 ) -> Method:
@@ -33,14 +33,16 @@ def contrastive(
     full network, mean over uniformly drawn negatives, plus `activation` × the mean over sites of the relative squared
     change of the activations, on positives and on negatives.
 
-    steps: for a `keep` of 0.55; for less it takes more (see `Method.pace`). images: of each label, kept in memory.
+    steps: by default 120 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory.
     """
-    return _straight_through("contrastive", steps, positives, negatives, momentum, activation, contrast, images, output)
+    return _straight_through(
+        "contrastive", steps, 120, positives, negatives, momentum, activation, contrast, images, output
+    )
 
 
 def class_only(
     *,
-    steps: int = 64,
+    steps: int | None = None,
     positives: int = 2,
     momentum: float = 0.9,
     activation: float = 3.0,
@@ -50,9 +52,9 @@ def class_only(
     """As `contrastive`, but shown only the class's own samples, as the paper's method is.
 
     They are held to the full network's answer by the same KL divergence: to ask for the class, with nothing to say no
-    to, would be to ask for a network that answers it to everything.
+    to, would be to ask for a network that answers it to everything. steps: by default 64 for a `keep` of 0.55.
     """
-    return _straight_through("class-only", steps, positives, 0, momentum, activation, 0.0, images, output)
+    return _straight_through("class-only", steps, 64, positives, 0, momentum, activation, 0.0, images, output)
 
 
 def from_objective(objective: Objective) -> Method:
@@ -64,7 +66,8 @@ def from_objective(objective: Objective) -> Method:
 
 def _straight_through(
     name: str,
-    steps: int,
+    steps: int | None,
+    usual: int,
     positives: int,
     negatives: int,
     momentum: float,
@@ -73,12 +76,14 @@ def _straight_through(
     images: int,
     output: Output,
 ) -> Method:
+    pace = PACE if steps is None else 0.0
+    steps = usual if steps is None else steps
     options: dict[str, float | str] = {"steps": steps, "positives": positives, "negatives": negatives}
     options |= {"momentum": momentum, "activation": activation, "images": images}
     options |= ({"contrast": contrast} if negatives else {}) | ({} if output == "softmax" else {"output": output})
     return Method(
         name, _fidelity(activation, contrast, output), straight_through_topk, momentum_step(momentum), near_zero,
-        "balanced", "mean", 0.55, schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=PACE,
+        "balanced", "mean", 0.55, schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=pace,
         positives=positives, negatives=negatives, images=images, options=options,
     )  # fmt: skip
 

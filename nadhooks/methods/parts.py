@@ -111,11 +111,12 @@ class Method:
 
     def described(self) -> dict[str, Any]:
         """Its options, as they are now, for the masks' provenance."""
-        return {name: getattr(self, name, value) for name, value in self.options.items()}
+        return {name: getattr(self, name, None) or value for name, value in self.options.items()}
 
     def paced(self, share: float) -> Method:
         """With as many steps as so much to close takes."""
-        return replace(self, steps=round(self.steps * min(10.0, max(0.25, (0.55 / share) ** self.pace))))
+        steps = round(self.steps * min(10.0, max(0.25, (0.55 / share) ** self.pace)))
+        return replace(self, steps=max(1, steps), pace=0.0)
 
     def __post_init__(self) -> None:
         needed = ("epochs", "batch") if self.sampling == "own" else ("steps", "positives")
