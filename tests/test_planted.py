@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,9 +82,12 @@ def test_contrastive_finds_nearly_all_of_what_was_planted(found: list[float]) ->
     assert min(found) > 0.9
 
 
-@pytest.mark.xfail(strict=False, reason="a unit or two of a hundred are still wrong when the learning stops")
-def test_contrastive_finds_exactly_what_was_planted(found: list[float]) -> None:
-    assert found == [1.0] * CLASSES
+def test_contrastive_finds_exactly_what_was_planted(found: list[float], plant: Planted, request: Any) -> None:
+    shared, closed = "shared" in request.node.callspec.id, request.node.callspec.params["found"]
+    if shared and closed == "mean":  # means of a signal that all classes share say much of it: a unit or two get lost
+        assert sum(found) / CLASSES > 0.97
+    else:
+        assert found == [1.0] * CLASSES
 
 
 def test_f1_is_1_for_the_truth_and_less_otherwise(plant: Planted) -> None:

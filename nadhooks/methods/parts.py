@@ -84,8 +84,8 @@ class Method:
     output: what the objective takes outputs for: "softmax" classes, of which a sample has one, "sigmoid" classes, of
         which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`. ranks: it says what
         units count, not how far outputs are from the full network's; fidelity is then that of softmax classes.
-    keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share other
-        than 0.55, `steps` times (0.55 / share) to this power, at least a quarter and at most ten times as many.
+    keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share
+        below 0.55, `steps` times (0.55 / share) to this power, at most ten times as many.
     """
 
     name: str
@@ -115,8 +115,8 @@ class Method:
 
     def paced(self, share: float) -> Method:
         """With as many steps as so much to close takes."""
-        steps = round(self.steps * min(10.0, max(0.25, (0.55 / share) ** self.pace)))
-        return replace(self, steps=max(1, steps), pace=0.0)
+        steps = round(self.steps * min(10.0, max(1.0, (0.55 / share) ** self.pace)))
+        return replace(self, steps=steps, pace=0.0)
 
     def __post_init__(self) -> None:
         needed = ("epochs", "batch") if self.sampling == "own" else ("steps", "positives")
