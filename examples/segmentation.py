@@ -14,6 +14,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ import nadhooks
 from nadhooks.data import Split, cache_dir, load_images
 from nadhooks.evaluation import shuffled
 from nadhooks.formats.writing import write_bytes
-from nadhooks.methods import Pass, Samples
+from nadhooks.methods import Pass, Samples, from_objective
 from nadhooks.methods import Table as Gates
 from nadhooks.objectives import binary_kl, per_task
 
@@ -162,10 +163,13 @@ def pixelwise(student: Pass, teacher: Pass, samples: Samples, gates: Gates) -> d
     }
 
 
+METHOD = replace(from_objective(pixelwise), steps=180, positives=4, negatives=4, images=None)
+
+
 def learnt(model: nn.Module, batches: int = 20, kinds: Sequence[int] = range(DIGITS), **options: Any) -> nadhooks.Masks:
     """A mask for each digit, of the network's blocks; options as for `nadhooks.learn`."""
     loader = [(batch.images, batch.labels) for batch in itertools.islice(canvases("train", 1, kinds), batches)]
-    return nadhooks.learn(model, loader, **{"method": pixelwise, **options})
+    return nadhooks.learn(model, loader, **{"method": METHOD, **options})
 
 
 # --- how good they are -----------------------------------------------------------------------------------------------

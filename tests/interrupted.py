@@ -47,10 +47,11 @@ def learnt(shuffle: bool = False, **options: Any) -> Callable[[dict[str, Any]], 
 
 
 NAD = methods.nad(epochs=5, batch=4)
+TASKWISE = methods.contrastive(steps=25, positives=4, negatives=4)  # eight samples: task by task
 KINDS = {
     "nad": learnt(True, method=NAD, closed="mean"),
     "nad-little-memory": learnt(True, method=NAD, cache=40_000),
-    "contrastive": learnt(method=methods.contrastive(steps=25), start="taylor", cache=40_000),  # task by task
+    "contrastive": learnt(method=TASKWISE, start="taylor", cache=40_000),
     "fidelity": learnt(method=methods.contrastive(steps=4), fidelity=0.02),
 }
 

@@ -144,31 +144,33 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-OTHER: dict[str, dict[str, Any]] = {
-    "seed": {"seed": 1},
-    "method": {"method": "class-only"},
-    "options": {"method": methods.contrastive(steps=8, momentum=0.5)},
-    "method's estimator": {"method": replace(METHOD, estimator=methods.hard_concrete())},
-    "method's steps": {"method": replace(METHOD, steps=20)},
-    "keep": {"keep": 0.3},
-    "sites": {"sites": "act2"},
-    "labels": {"tasks": [0, 1]},
-    "closed": {"closed": "zero"},
-    "start": {"start": "taylor"},
-    "outputs": {"tasks": [0, 1, 2], "outputs": {0: [1, 2], 1: [0], 2: [2]}},
-    "autocast": {"autocast": torch.bfloat16},
-    "cache": {"cache": 0},
-    "weights": {"model": fair_line(3)},
-}
+OTHER: list[tuple[str, dict[str, Any]]] = [
+    ("seed", {"seed": 1}),
+    ("method", {"method": "class-only"}),
+    ("options", {"method": methods.contrastive(steps=8, momentum=0.5)}),
+    ("method's estimator", {"method": replace(METHOD, estimator=methods.hard_concrete())}),
+    ("options", {"method": replace(METHOD, steps=20)}),
+    ("keep", {"keep": 0.3}),
+    ("sites", {"sites": "act2"}),
+    ("labels", {"tasks": [0, 1]}),
+    ("closed", {"closed": "zero"}),
+    ("start", {"start": "taylor"}),
+    ("outputs", {"tasks": [0, 1, 2], "outputs": {0: [1, 2], 1: [0], 2: [2]}}),
+    ("autocast", {"autocast": torch.bfloat16}),
+    ("cache", {"cache": 0}),
+    ("weights", {"model": fair_line(3)}),
+]
 
 
-@pytest.mark.parametrize("what", OTHER)
-def test_the_checkpoint_of_another_run_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "other"), OTHER)
+def test_the_checkpoint_of_another_run_is_refused_and_left_alone(
+    what: str, other: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "run"
     same: dict[str, Any] = {"tasks": [0, 1, 2]} if what == "outputs" else {}
     left = stopped(path, **same)
     with pytest.raises(LearningError, match=rf"is the checkpoint of another run: its {what} is .*, here .*; delete"):
-        learn(path, **OTHER[what])
+        learn(path, **other)
     assert path.read_bytes() == left
 
 
@@ -184,9 +186,11 @@ def test_a_checkpoint_of_other_tasks_is_refused(tmp_path: Path) -> None:
 def test_masks_that_a_run_began_from_belong_to_it(tmp_path: Path) -> None:
     first, second = (learn(None, seed=seed, method="random", keep=2) for seed in (5, 6))
     assert not torch.equal(first["act1"], second["act1"])
-    stopped(tmp_path / "run", start=first)
-    with pytest.raises(LearningError, match="another run: its first masks"):
-        learn(tmp_path / "run", start=second)
+    left = stopped(tmp_path / "run", start=first)
+    for other, what in ((second, "start"), (second.replaced(provenance=first.provenance), "first masks")):
+        with pytest.raises(LearningError, match=f"another run: its {what} is"):
+            learn(tmp_path / "run", start=other)
+    assert (tmp_path / "run").read_bytes() == left
     assert torch.equal(learn(tmp_path / "run", start=first)["act1"], learn(None, start=first)["act1"])
 
 

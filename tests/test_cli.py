@@ -141,7 +141,9 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_logs_every_step(
     assert not Path("run").exists()
     assert nadhooks.load("resumed") == nadhooks.load("whole")
     rows = list(csv.DictReader(Path("run.csv").read_text().splitlines()))
-    assert [int(row["step"]) for row in rows if row["measure"] == "loss"] == [*range(1, 20), *range(21, 33)]
+    steps = nadhooks.load("whole").provenance["options"]["steps"]
+    assert steps > 20
+    assert [int(row["step"]) for row in rows if row["measure"] == "loss"] == [*range(1, 20), *range(21, steps + 1)]
 
 
 def test_tensorboard_is_asked_for_by_name_where_it_is_missing(
@@ -255,7 +257,7 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         ([*LEARN, "--keep", "9", "--keep-by", "flops"], "keep: expected a share of the flops, got the whole number 9"),
         ([*LEARN, "--keep-over", "site"], "--keep-over says what --keep means; pass --keep, too"),
         ([*LEARN, "--every", "5"], "pass --checkpoint FILE, too"),
-        ([*LEARN, "--checkpoint", "no/run"], "checkpoint: no is not a directory"),
+        ([*LEARN, "--checkpoint", "no/run"], "cannot write the checkpoint no/run: No such file or directory"),
         ([*LEARN, "--start", "magic"], "taylor, routing or a mask file; magic: cannot read it: No such file"),
         ([*LEARN, "--start", "nad", "--keep", "0.3"], "start from masks that one of them learnt, or from a baseline"),
         ([*LEARN, "--log", "no/run.csv"], "cannot write the log no/run.csv: No such file or directory"),

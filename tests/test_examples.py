@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples import segmentation
-from nadhooks.methods import Pass, Samples, from_objective
+from nadhooks.methods import Pass, Samples
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_digits_part_segments_it_and_a_random_part_does_not(tmp_path: Path, mo
     kinds, widths = (0, 1, 4), (16, 24, 32)
     held_out = list(itertools.islice(segmentation.canvases("test", 2, kinds), 1))
     model = segmentation.trained(60, widths, kinds)
-    method = replace(from_objective(segmentation.pixelwise), steps=60)
+    method = replace(segmentation.METHOD, steps=60)
     masks = segmentation.learnt(model, 4, kinds, method=method, keep=0.6)
     assert masks.labels == kinds
     found = segmentation.measured(model, masks, held_out, draws=2)

@@ -120,10 +120,11 @@ def test_tasks_together_get_what_each_gets_alone_in_any_order(method: methods.Me
 
 def test_chunks_of_tasks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = net(), loader()
-    whole = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=9))
+    method = methods.contrastive(steps=9, positives=4, negatives=4)
+    whole = nadhooks.learn(model, data, "act", method=method)
     monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 16)
     reports: list[Progress] = []
-    parts = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=9), progress=reports.append)
+    parts = nadhooks.learn(model, data, "act", method=method, progress=reports.append)
     assert torch.equal(whole["act"], parts["act"])
     assert [report.done for report in reports] == list(range(1, 19))
     assert {report.total for report in reports} == {18}
@@ -223,7 +224,9 @@ def test_own_objectives_replace_the_built_in_one() -> None:
         return -(gates["act"] * torch.arange(HIDDEN, 0, -1)).sum(1) + 0 * student.outputs.sum()
 
     masks = nadhooks.learn(net(), loader(), "act", method=prefer_first_units, keep=3 / 7)
-    assert calls[0] == ((24, 3), 12, (3, HIDDEN))
+    usual = methods.contrastive()  # whose draws it takes
+    positives, negatives = 3 * usual.positives, 3 * usual.negatives
+    assert calls == [((positives + negatives, 3), positives, (3, HIDDEN))] * usual.paced(3 / 7).steps
     assert masks["act"].tolist() == [[1, 1, 1, 0, 0, 0, 0]] * 3
     assert masks.provenance["method"] == "prefer_first_units"
 
@@ -256,9 +259,12 @@ def test_models_that_put_out_tuples_are_read_by_their_first_tensor() -> None:
 
 
 def test_masks_say_where_they_came_from() -> None:
-    masks = nadhooks.learn(net(), loader(), "act", keep=0.5, seed=4)
+    reports: list[Progress] = []
+    masks = nadhooks.learn(net(), loader(), "act", keep=0.5, seed=4, progress=reports.append)
     assert masks.provenance["method"] == "contrastive"
-    assert masks.provenance["options"]["steps"] == 180
+    assert masks.provenance["options"]["steps"] == len(reports) > methods.contrastive().steps  # more, for less to keep
+    named = nadhooks.learn(net(), loader(), "act", method=methods.contrastive(steps=7, positives=3), keep=0.3)
+    assert [named.provenance["options"][name] for name in ("steps", "positives")] == [7, 3]
     assert (masks.provenance["keep"], masks.provenance["seed"]) == (0.5, 4)
     assert masks.provenance["sites"] == "matching('act')"
     assert masks.provenance["model"].endswith("nets.Mlp")

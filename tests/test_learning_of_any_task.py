@@ -282,7 +282,8 @@ def test_objectives_see_outputs_of_any_kind_and_each_samples_targets(
         model, loader, ["line.act1", "line.act2"], method=objective, keep=6, cache=cache, progress=reports.append
     )
     assert torch.cat([masks["line.act1"], masks["line.act2"]], 1).sum(1).tolist() == [6, 6]
-    assert len(reports) == 180
+    paced = methods.from_objective(objective).paced(6 / 9)
+    assert len(reports) == paced.steps == masks.provenance["options"]["steps"]
     assert set(reports[0].terms) == {"change", "size"}
     assert masks.quality == {}
     nad = replace(methods.nad(epochs=1), objective=objective, output="any")

@@ -209,6 +209,9 @@ def test_updates_are_their_formulas() -> None:
         momentum = 0.5 * momentum + math.sqrt(2) * torch.tensor([0.6, 0.8])
         expected -= (1 + math.cos(math.pi * index / 4)) / 2 * momentum
     torch.testing.assert_close(start["a"], torch.stack([expected, torch.zeros(2)]))
+    start = {"a": torch.zeros(2, 2)}
+    methods.momentum_step(0.5)(start, {"a": 1e-16 * gradient["a"]}, step(), {})
+    assert not start["a"].any()  # rounding is no direction
 
 
 # --- baselines ---
@@ -304,7 +307,7 @@ def test_routing_is_the_loop_written_by_hand() -> None:
 
 # --- where learning starts ---
 
-STILL = replace(methods.contrastive(steps=1), update=lambda scores, gradients, step, state: None)
+STILL = replace(methods.contrastive(steps=1, images=4), update=lambda scores, gradients, step, state: None)
 
 
 @pytest.mark.parametrize("start", ["taylor", "activation", "random"])
@@ -312,15 +315,15 @@ def test_a_warm_start_is_the_order_of_the_baseline(start: str) -> None:
     masks = learnt(STILL, start=start, keep=4)
     baseline = methods.METHODS[start]()
     # one pool for both: the start sees no more samples than the method itself
-    same(masks, learnt(replace(baseline, images=STILL.positives), keep=4))
-    assert masks.provenance["start"] == start
+    same(masks, learnt(replace(baseline, images=STILL.images), keep=4))
+    assert masks.provenance["start"] == {"method": start, "options": baseline.described()}
 
 
 def test_masks_are_a_start() -> None:
     first = learnt("random", keep=4, seed=8)
     masks = learnt(STILL, start=first, keep=4)
     same(masks, first)
-    assert masks.provenance["start"] == "masks"
+    assert masks.provenance["start"] == {"method": "random", "options": {}, "keep": 4, "seed": 8}
     same(learnt(STILL, start=first.select([2, 1, 0]), keep=4), first)  # whatever their order
     nad = learnt(replace(methods.nad(epochs=1), update=STILL.update), start=first)
     logits = [torch.logit(nad[site]) - 3 * (2 * first[site] - 1) for site in SITES]
@@ -331,7 +334,7 @@ def test_masks_are_a_start() -> None:
 
 def test_an_objective_that_does_not_compare_can_start_from_one_that_does() -> None:
     masks = learnt(methods.contrastive(steps=2, activation=0), start="activation", cache=1000)
-    assert masks.provenance["start"] == "activation"
+    assert masks.provenance["start"] == {"method": "activation", "options": methods.activation().described()}
 
 
 def test_starts_that_do_not_fit_are_refused() -> None:

@@ -33,7 +33,7 @@ def reported(**options: Any) -> tuple[nadhooks.Masks, list[Progress]]:
 
 
 def test_every_step_is_reported() -> None:
-    masks, reports = reported(method=methods.contrastive(steps=12), keep=0.4)
+    masks, reports = reported(method=methods.contrastive(steps=12, positives=3, negatives=5), keep=0.4)
     assert [report.done for report in reports] == list(range(1, 13))
     assert {report.total for report in reports} == {12}
     assert [report.samples for report in reports] == [24 * done for done in range(1, 13)]
@@ -114,7 +114,7 @@ def test_held_out_figures_come_ten_times_and_are_those_of_recognition(method: me
 
 def test_tasks_that_are_learnt_one_by_one_are_told_ten_times_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 8)
-    masks, reports = reported(method=methods.contrastive(steps=10), held_out=loader(seed=9))
+    masks, reports = reported(method=methods.contrastive(steps=10, positives=4, negatives=4), held_out=loader(seed=9))
     told = [report for report in reports if report.held_out]
     assert [report.done for report in told] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
     assert reports[-1].held_out["auc"] == pytest.approx(float(masks.quality["auc"][2]), abs=1e-6)

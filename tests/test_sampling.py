@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ def test_the_pool_reads_no_further_than_it_needs() -> None:
             read_.append(batch)
             yield batch
 
-    pool = Pool.of(data(stream()), None, methods.contrastive(steps=2, positives=3))
+    pool = Pool.of(data(stream()), None, replace(methods.contrastive(steps=2, positives=3), images=None))
     assert torch.bincount(pool.labels).tolist() == [6, 6, 6]
     assert len(read_) == 5  # 18 samples in batches of 4
     pool = Pool.of(data(stream()), None, methods.contrastive(images=2))

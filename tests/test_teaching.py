@@ -98,9 +98,10 @@ def test_learning_asks_the_open_network_for_each_image_once() -> None:
     model = fair_line()
     data = labelled(model, images(60))
     passes, masks = {}, {}
+    method = methods.contrastive(steps=10, positives=4, negatives=4)
     for cache in (LARGE, 0):
         seen = counted(model)
-        masks[cache] = nadhooks.learn(model, data, "act1", method=methods.contrastive(steps=10), cache=cache)
+        masks[cache] = nadhooks.learn(model, data, "act1", method=method, cache=cache)
         passes[cache] = [n for n in seen if n > 2]  # attaching looks at one and two
     assert passes[LARGE] == [60] + [24] * 10  # the preparation, then the gated network alone
     asked = sum(passes[0]) - 60 - 10 * 24

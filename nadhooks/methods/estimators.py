@@ -73,7 +73,9 @@ def momentum_step(momentum: float) -> Update:
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
         rate = (1 + math.cos(math.pi * step.index / step.total)) / 2
         everything = torch.cat(list(gradients.values()), 1)  # (tasks, all units)
-        scale = math.sqrt(everything.shape[1]) / everything.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        norm = everything.norm(dim=1, keepdim=True)
+        norm = torch.where(norm > 1e-12, norm, torch.inf)  # rounding, of a student that is the full network still
+        scale = math.sqrt(everything.shape[1]) / norm
         for site, gradient in gradients.items():
             state[site] = momentum * state[site] + scale * gradient if site in state else scale * gradient
             scores[site] -= rate * state[site]

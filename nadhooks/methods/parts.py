@@ -111,7 +111,8 @@ class Method:
 
     def described(self) -> dict[str, Any]:
         """Its options, as they are now, for the masks' provenance."""
-        return {name: getattr(self, name, None) or value for name, value in self.options.items()}
+        now = {name: getattr(self, name, None) for name in self.options}
+        return {name: value if value and now[name] is None else now[name] for name, value in self.options.items()}
 
     def paced(self, share: float) -> Method:
         """With as many steps as so much to close takes."""
