@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,17 +68,26 @@ def normalised_step(lr: float) -> Update:
     return update
 
 
-def momentum_step(momentum: float) -> Update:
-    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task, over all sites; scores −= ½(1 + cos(π s/S)) m."""
+def momentum_step(momentum: float, over: Literal["network", "site"] = "network") -> Update:
+    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task; scores −= ½(1 + cos(π s/S)) m.
+
+    over: units and norm are those of all sites, or those of each site, which then move alike whatever they count.
+    """
+
+    def scaled(gradient: Tensor) -> Tensor:
+        norm = gradient.norm(dim=1, keepdim=True)
+        norm = torch.where(norm > 1e-12, norm, torch.inf)  # rounding, of a student that is the full network still
+        return math.sqrt(gradient.shape[1]) / norm * gradient
 
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
         rate = (1 + math.cos(math.pi * step.index / step.total)) / 2
-        everything = torch.cat(list(gradients.values()), 1)  # (tasks, all units)
-        norm = everything.norm(dim=1, keepdim=True)
-        norm = torch.where(norm > 1e-12, norm, torch.inf)  # rounding, of a student that is the full network still
-        scale = math.sqrt(everything.shape[1]) / norm
-        for site, gradient in gradients.items():
-            state[site] = momentum * state[site] + scale * gradient if site in state else scale * gradient
+        if over == "site":
+            directions = [scaled(gradient) for gradient in gradients.values()]
+        else:
+            sizes = [gradient.shape[1] for gradient in gradients.values()]
+            directions = list(scaled(torch.cat(list(gradients.values()), 1)).split(sizes, 1))
+        for site, direction in zip(gradients, directions, strict=True):
+            state[site] = momentum * state[site] + direction if site in state else direction
             scores[site] -= rate * state[site]
 
     return update

@@ -58,10 +58,14 @@ def class_only(
 
 
 def from_objective(objective: Objective) -> Method:
-    """`contrastive` with another objective, for models of any output."""
+    """`contrastive` with another objective, for models of any output.
+
+    Every site moves as far, for an objective that says nothing of the sites may have nearly all its gradient in one.
+    """
     name = getattr(objective, "__name__", type(objective).__name__)
     draws = {"steps": 0, "positives": 0, "negatives": 0, "images": 0}
-    return replace(contrastive(output="any"), name=name, objective=objective, compares=True, options=draws)
+    method = replace(contrastive(output="any"), name=name, objective=objective, compares=True, options=draws)
+    return replace(method, update=momentum_step(0.8, over="site"))
 
 
 def _straight_through(
