@@ -75,7 +75,7 @@ def forked(run: Callable[[], None]) -> int:
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    nadhooks.learning.SAMPLES_PER_PASS = 8
+    nadhooks.learner.SAMPLES_PER_PASS = 8
     checkpoint = folder / "run.checkpoint"
     begun = time.monotonic()
     assert os.waitpid(forked(lambda: write(kind, folder / "undisturbed.pt")), 0)[1] == 0

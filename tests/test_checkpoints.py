@@ -266,7 +266,7 @@ def test_masks_are_measured_before_the_checkpoint_goes(tmp_path: Path) -> None:
             return iter(loader())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nadhooks.learning, "recognition", lambda *args, **more: 1 / 0)
+        patch.setattr(nadhooks.learner, "recognition", lambda *args, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             learn(tmp_path / "run", held_out=Once())
     assert (tmp_path / "run").exists()

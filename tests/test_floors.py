@@ -36,6 +36,8 @@ FLOORS = [
     {"wiring", "identity", "layers", "gated"},
     {"gates", "flow", "seeing", "segments", "analysis"},
     {"teaching", "evaluation.recognition", "folding", "shrinking"},
+    {"learner"},
+    {"faithfulness"},
     {"learning", "rendering", "effects"},
     {"units", "evaluation.causality"},
     {"evaluation", "demo", "sharing"},

@@ -122,7 +122,7 @@ def test_chunks_of_tasks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     model, data = net(), loader()
     method = methods.contrastive(steps=9, positives=4, negatives=4)
     whole = nadhooks.learn(model, data, "act", method=method)
-    monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 16)
+    monkeypatch.setattr(nadhooks.learner, "SAMPLES_PER_PASS", 16)
     reports: list[Progress] = []
     parts = nadhooks.learn(model, data, "act", method=method, progress=reports.append)
     assert torch.equal(whole["act"], parts["act"])

@@ -93,7 +93,7 @@ def test_tasks_together_get_what_each_gets_alone(method: methods.Method, monkeyp
     for label in range(3):
         same(together, learnt(method, tasks=[label]))
     for samples in (8, 16):
-        for module in (nadhooks.learning, sampling):
+        for module in (nadhooks.learner, nadhooks.faithfulness, sampling):
             monkeypatch.setattr(module, "SAMPLES_PER_PASS", samples)
         same(learnt(method), together)
 

@@ -113,7 +113,7 @@ def test_held_out_figures_come_ten_times_and_are_those_of_recognition(method: me
 
 
 def test_tasks_that_are_learnt_one_by_one_are_told_ten_times_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nadhooks.learning, "SAMPLES_PER_PASS", 8)
+    monkeypatch.setattr(nadhooks.learner, "SAMPLES_PER_PASS", 8)
     masks, reports = reported(method=methods.contrastive(steps=10, positives=4, negatives=4), held_out=loader(seed=9))
     told = [report for report in reports if report.held_out]
     assert [report.done for report in told] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..budgets import Budget
+from ..errors import NadhooksError
 from .authors import nad
 from .baselines import activation, random, routing, taylor
 from .estimators import hard_concrete, momentum_step, normalised_step, sigmoid, straight_through_topk
@@ -24,6 +25,18 @@ METHODS: dict[str, Callable[[], Method]] = {
     "taylor": taylor,
     "routing": routing,
 }
+
+
+def method_of(method: str | Method | Objective) -> Method:
+    """A method by its name, itself, or contrastive with another objective. Raises NadhooksError for anything else."""
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]()
+    if callable(method) and method not in METHODS.values():
+        return from_objective(method)
+    raise NadhooksError(f"method: expected {', '.join(map(repr, METHODS))}, a Method or an objective, got {method!r}")
+
 
 __all__ = [
     "METHODS",
@@ -42,6 +55,7 @@ __all__ = [
     "contrastive",
     "from_objective",
     "hard_concrete",
+    "method_of",
     "momentum_step",
     "nad",
     "normalised_step",
