@@ -64,9 +64,8 @@ def divergence(learner: Learner, values: Table) -> Tensor:
     """(tasks,) how far these gates are from the full network on held-out samples."""
     assert learner.held is not None  # `read` made it
     method = replace(learner.method, **HELD_OUT_DRAWS)
-    learner.held.tasks(learner.tasks, method)
     teacher = Teacher(learner.teacher.forward, 0, method.compares)
-    size = max(1, SAMPLES_PER_PASS // 16)
+    size = max(1, SAMPLES_PER_PASS // (method.positives + method.negatives))
     parts = []
     for rows in torch.arange(len(learner.tasks)).split(size):
         tasks = learner.tasks.select(rows.tolist())

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import zoo
 from ._version import __version__
+from .batching import moved
 from .errors import ModelError, NadhooksError, SiteError, TaskError
 from .gating import Clip, UnitMeans, chosen_units, gate
 from .hooking import Handle, SiteHook, WithinHook, on_site
@@ -271,7 +272,7 @@ class Gates:
         with torch.no_grad(), undisturbed(model), self.everything_open(), self.watch(means.add):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-                call_model(model, pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs))
+                call_model(model, inputs if device is None else moved(inputs, device))
         self.close_to_means(means)
 
     def close_to_means(self, means: UnitMeans) -> None:

@@ -14,7 +14,7 @@ from . import objectives
 from .budgets import Selection
 from .checkpoints import Checkpoint
 from .errors import LearningError
-from .evaluation.recognition import MEASURES, recognition
+from .evaluation.recognition import quality, recognition
 from .gates import Closed, Gates
 from .gating import UnitMeans
 from .identity import without_wrappers
@@ -140,9 +140,13 @@ class Learner:
 
     def learnt(self, selection: Selection | None) -> Table:
         """{site: (tasks, units)} the gates learnt, on the CPU."""
-        scores = self.scores(selection)
-        step = self.step(self.method.steps, selection, self.tasks.labels)
-        return {site: gate.detach().cpu() for site, gate in self.method.estimator(scores, step).items()}
+        return self.final(self.scores(selection), selection, self.tasks.labels)
+
+    def final(self, scores: Table, selection: Selection | None, labels: Sequence[object]) -> Table:
+        """The gates of these scores, on the CPU, if learning ended with them."""
+        with torch.no_grad():
+            gates = self.method.estimator(scores, self.step(self.method.steps, selection, labels))
+        return {site: gate.detach().cpu() for site, gate in gates.items()}
 
     def scores(self, selection: Selection | None) -> Table:
         """What the method learns for all tasks, with so much to keep."""
@@ -293,11 +297,8 @@ class Learner:
         if self.held_out is None or not due or self.method.sampling == "each":
             return {}
         tasks = self.tasks.select([self.tasks.row(label) for label in labels])
-        with torch.no_grad():
-            table = self.method.estimator(scores, self.step(self.method.steps, selection, labels))
-        values = {site: gate.detach().cpu() for site, gate in table.items()}
-        quality = self.measured(self.gates.masks_of(tasks, values, {}))
-        return {measure: float(figures.mean()) for measure, figures in quality.items()}
+        found = self.measured(self.gates.masks_of(tasks, self.final(scores, selection, labels), {}))
+        return {measure: float(figures.mean()) for measure, figures in found.items()}
 
     def measured(self, masks: Masks) -> dict[str, Tensor]:
         """{measure: (tasks,)} on held-out samples, for outputs that are classes."""
@@ -306,7 +307,7 @@ class Learner:
         found = recognition(
             self.gates, self.held_out.loader, masks, outputs=self.held_out.meaning, output=self.method.output
         )
-        return {measure: torch.tensor([getattr(row, measure) for row in found]) for measure in MEASURES}
+        return quality(found)
 
 
 def on_device(samples: Samples, device: torch.device) -> Samples:

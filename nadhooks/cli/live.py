@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from .. import zoo
 from ..data import load_images
 from ..errors import DataError, MaskFileError
-from ..evaluation import recognition, verify
+from ..evaluation import MEASURES, quality, recognition, verify
 from ..formats import PICTURES, TEXT, WIDTHS
 from ..gates import attach
 from ..identity import weights_of
@@ -22,13 +22,11 @@ from ..rendering import render
 from ..units import unit_flow
 from .models import (
     HEADINGS,
-    QUALITY,
     Command,
     check_writable,
     first,
     made_model,
     modelling,
-    quality,
     reading,
     transform_of,
 )
@@ -73,7 +71,7 @@ def add_commands(command: Command) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     masks = load(options.masks)
-    stated = [measure for measure in QUALITY if measure in masks.quality]
+    stated = [measure for measure in MEASURES if measure in masks.quality]
     if not stated:
         raise MaskFileError(f"{options.masks} states no quality that could be measured again")
     model = _loaded(masks, options)

@@ -20,7 +20,7 @@ from .. import demo, methods, zoo
 from ..budgets import Budget
 from ..data import BUILT_IN, load_images
 from ..errors import DataError, MaskFileError, ModelError, NadhooksError
-from ..evaluation import Recognition, recognition, shuffled
+from ..evaluation import MEASURES, Recognition, quality, recognition, shuffled
 from ..formats import authors
 from ..gates import attach
 from ..learning import CACHE_BYTES, learn
@@ -44,7 +44,6 @@ WARNING = (
 CLASSES_SHOWN = 20
 
 
-QUALITY = ("recall", "fpr", "auc", "fpr95")
 HEADINGS = {"recall": "recall", "fpr": "false pos.", "auc": "AUC", "fpr95": "false pos. at recall 95%"}
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
@@ -373,15 +372,11 @@ def _measured(masks: Masks, figures: Sequence[Sequence[Recognition]], data: str,
     """With the quality of each task's sub-architecture, and the means of the full network and of random masks."""
     full, own, random = (quality(rows) for rows in figures)
     means = {
-        name: {measure: round(float(values.mean()), 4) for measure, values in quality.items()}
-        for name, quality in (("network", full), ("random", random))
+        name: {measure: round(float(values.mean()), 4) for measure, values in found.items()}
+        for name, found in (("network", full), ("random", random))
     }
     origin = {**masks.provenance, "quality": {"data": data, "images": images, **means}}
     return masks.replaced(provenance=origin, quality=own)
-
-
-def quality(rows: Sequence[Recognition]) -> dict[str, torch.Tensor]:
-    return {measure: torch.tensor([getattr(row, measure) for row in rows]) for measure in QUALITY}
 
 
 def check_writable(path: Path) -> None:
@@ -423,7 +418,7 @@ def _show_recognition(
 
 
 def _figures(rows: Sequence[Recognition]) -> list[str]:
-    means = [sum(getattr(row, key) for row in rows) / len(rows) for key in ("kept", *QUALITY)]
+    means = [sum(getattr(row, key) for row in rows) / len(rows) for key in ("kept", *MEASURES)]
     return [f"{means[0]:.0%}", *(f"{mean:.3f}" for mean in means[1:])]
 
 

@@ -1,6 +1,16 @@
 """Measuring what masks are worth, and whether flow graphs are true."""
 
 from .causality import Agreement, Removal, Verification, verify
-from .recognition import Recognition, recognition, shuffled
+from .recognition import MEASURES, Recognition, quality, recognition, shuffled
 
-__all__ = ["Agreement", "Recognition", "Removal", "Verification", "recognition", "shuffled", "verify"]
+__all__ = [
+    "MEASURES",
+    "Agreement",
+    "Recognition",
+    "Removal",
+    "Verification",
+    "quality",
+    "recognition",
+    "shuffled",
+    "verify",
+]

@@ -116,6 +116,12 @@ def recognition(
     return figures
 
 
+def quality(rows: Iterable[Recognition]) -> dict[str, Tensor]:
+    """{measure: (tasks,)} for `masks.quality`."""
+    rows = list(rows)
+    return {measure: torch.tensor([getattr(row, measure) for row in rows]) for measure in MEASURES}
+
+
 def shuffled(masks: Masks, seed: int = 0) -> Masks:
     """Random masks of the same size: each task's gates permuted within every site."""
     random = torch.Generator().manual_seed(seed)
