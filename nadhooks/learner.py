@@ -223,7 +223,6 @@ class Learner:
             return scores
         samples = 0
         for index, batch in enumerate(batches):
-            answers = self.teacher.of(batch.inputs, batch.keys)
             samples += len(batch.keys)
             if index < begun:  # done before the run was stopped; what the open network remembered belongs to it
                 self.teacher.remember(batch.inputs, batch.keys)
@@ -232,12 +231,12 @@ class Learner:
             leaves = {site: score.detach().requires_grad_() for site, score in scores.items()}
             table = method.estimator(leaves, step)  # {site: (tasks, units)}
             moving = on_device(batch.samples, self.teacher.forward.device)
-            with self.gates.apply({site: gate[moving.rows] for site, gate in table.items()}):
-                student = self.teacher.forward(batch.inputs, len(batch.keys))
-                terms = terms_of(method.objective(student, answers, moving, table), len(labels))
+            gated = self.gates.apply({site: gate[moving.rows] for site, gate in table.items()})
+            with gated, self.teacher.forward.fused:
+                terms = self.terms(batch, moving, table)
                 shown = moving.rows.unique()  # a penalty must not move tasks that the batch does not show
                 losses = torch.stack([term[shown] for term in terms.values()]).sum(0)
-                # inside `apply`: activation checkpointing runs the forward pass again in here
+                # inside `with`: activation checkpointing runs the forward pass again in here
                 gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
             self.check(losses, gradients, index)
             with torch.no_grad():
@@ -250,6 +249,14 @@ class Learner:
                     self.report(batch, losses, parts, table, samples, clock, held_out)
         self.checkpoint.note(-1, scores, {})
         return scores
+
+    def terms(self, batch: Batch, samples: Samples, table: Table) -> Mapping[str, Tensor]:
+        """What the objective gives. Of what the sites put out, only that outlives this which the way back needs."""
+        answers = self.teacher.of(batch.inputs, batch.keys)
+        student = self.teacher.forward(batch.inputs, len(batch.keys))
+        losses = self.method.objective(student, answers, samples, table)
+        self.teacher.sites.forget_passing()
+        return terms_of(losses, len(next(iter(table.values()))))
 
     def check(self, losses: Tensor, gradients: Sequence[Tensor], index: int) -> None:
         finite = torch.stack([losses.isfinite().all(), *(gradient.isfinite().all() for gradient in gradients)])

@@ -70,34 +70,36 @@ def _own(outputs: Tensor, classes: Tensor) -> Tensor:
 
 def mse(activation: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over everything but the batch, (batch, …) -> (batch,)."""
-    return _mean_square(activation - teacher)
+    return cast(Tensor, _SquaredDistance.apply(activation, teacher)) / max(1, teacher[:1].numel())
 
 
 def relative_mse(activation: Tensor, teacher: Tensor) -> Tensor:
     """`mse` as a share of the teacher's mean square, so that sites of any scale weigh alike."""
-    return mse(activation, teacher) / _mean_square(teacher).clamp(min=1e-12)
+    mean_square = _sum_of_squares(teacher.detach()) / max(1, teacher[:1].numel())
+    return mse(activation, teacher) / mean_square.clamp(min=1e-12)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return cast(Tensor, _SumOfSquares.apply(x)) / max(1, x[:1].numel())
+class _SquaredDistance(torch.autograd.Function):
+    """Σ (a − b)² over everything but the batch, (batch, …) -> (batch,).
 
-
-class _SumOfSquares(torch.autograd.Function):
-    """Σ x² over everything but the batch, (batch, …) -> (batch,), with as few passes over x as can be.
-
-    Sites are large, and `square` and `sum` with what autograd makes of them pass over them twice as often.
+    Sites are large: it passes over them as rarely as can be, and keeps for the way back nothing but what is there.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 is too coarse for sums
-        return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _sum_of_squares(a - b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        return x * (2 * grad).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (a, b), (grad,) = ctx.saved_tensors, grads
+        slope = (a - b).mul_((2 * grad).to(a.dtype).reshape(-1, *[1] * (a.dim() - 1)))
+        return slope, -slope if ctx.needs_input_grad[1] else None
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 is too coarse for sums
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
 
 
 def squared_gates(gates: Mapping[str, Tensor]) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batching import in_memory_format, pick
+from .fusing import Fused, fused
 from .gates import Gates
 from .gating import by_unit
 from .methods import Pass
@@ -26,7 +27,7 @@ class Forward:
     read: takes from what the model puts out what objectives are shown. autocast: a dtype to compute in, such as
     torch.bfloat16. overwritten: sites whose tensor a later layer overwrites in place, so that it has to be copied.
     channels_last: images go in that way; convolutions are faster then. by_sample: what `read` gives are tensors with
-    a row for each sample.
+    a row for each sample. fused: in force while the model runs, and to be in force on the way back.
     """
 
     gates: Gates
@@ -36,6 +37,7 @@ class Forward:
     overwritten: set[str] = field(default_factory=set)
     channels_last: bool = False
     by_sample: bool = True
+    fused: Fused = field(default_factory=lambda: Fused({}))
 
     def __call__(self, inputs: Any, samples: int, see: Callable[[Site, Tensor], None] | None = None) -> Pass:
         """`see` is shown the sites' tensors besides, as they pass."""
@@ -53,7 +55,7 @@ class Forward:
                 seen[site.name] = by_unit(kept, site, samples)  # noqa: B023
 
             enabled = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-            with self.gates.watch(watch), enabled:
+            with self.gates.watch(watch), enabled, self.fused:
                 outputs = self.read(call_model(self.gates.attached(), inputs))
             changed = {name for name, (x, version) in left.items() if x._version != version}
             if not changed:
@@ -64,17 +66,30 @@ class Forward:
         """Tries what the model takes, on one sample: some flatten images with `view`, which wants the slower order."""
         pair = doubled(sample)
         with torch.no_grad(), self.gates.everything_open():
-            expected = self(pair, 2)
-            twice, once = _first_axes(expected.outputs), _first_axes(self(sample, 1).outputs)
+            precise = replace(self, autocast=None)
+            expected = precise(pair, 2)
+            twice, once = _first_axes(expected.outputs), _first_axes(precise(sample, 1).outputs)
             self.by_sample = bool(once) and set(once) == {1} and twice == [2] * len(once)
-            self.channels_last = True
-            try:
-                found = self(pair, 2)
-            except RuntimeError:
-                self.channels_last = False
-                return
-        tensors = zip(leaves_of(expected), leaves_of(found), strict=True)
-        self.channels_last = all(not isinstance(a, Tensor) or a.shape == b.shape for a, b in tensors)
+            self.channels_last = self._stays(expected, pair, channels_last=True)
+            found = fused(self.gates.attached(), lambda: self(pair, 2))
+            self.fused = found if self._stays(expected, pair, fused=found) else self.fused
+
+    def _stays(self, expected: Pass, pair: Any, **changes: Any) -> bool:
+        """Whether what the model puts out stays the same, but for rounding, with these fields."""
+        try:
+            found = replace(self, autocast=None, **changes)(pair, 2)
+        except RuntimeError:
+            return False
+        tensors = [[*leaves_of(each.outputs), *each.sites.values()] for each in (expected, found)]
+        return all(_alike(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, Tensor))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape
+    size = float(a.nan_to_num(0, 0, 0).abs().max())
+    precision = 8 * torch.finfo(a.dtype).eps ** 0.75 * size
+    return torch.allclose(a, b, rtol=0, atol=precision, equal_nan=True)
 
 
 class Teacher:
@@ -163,12 +178,13 @@ class _Answers(Pass):
 
 
 class _Rows:
-    """Tensors with a row for each key. Rows beyond `room` bytes are passing: they stay until others are put in."""
+    """Tensors with a row for each key. What `room` bytes do not hold is passing: it stays until others are put in."""
 
     def __init__(self, room: int):
         self.room = room
-        self.places: dict[Hashable, int] = {}
+        self.places: dict[Hashable, int] = {}  # rows of the tables, and behind them those that pass
         self.passing: list[Hashable] = []
+        self.passers: list[Tensor] = []
         self.staying = 0  # rows
         self.full = False
         self.tables: list[Tensor] = []
@@ -181,37 +197,55 @@ class _Rows:
     def forget_passing(self) -> None:
         for key in self.passing:
             del self.places[key]
-        self.passing = []
+        self.passing, self.passers = [], []
 
     def put(self, keys: Sequence[Hashable], values: Sequence[Tensor]) -> None:
         """values: tensors with a row for each key."""
         self.forget_passing()
         new = self.missing(keys)
-        if not self.tables:
-            self.orders = [sorted(range(1, x.dim()), key=lambda axis: -x.stride()[axis]) for x in values]
-            self.tables = [
-                x.new_empty(0, *x.permute(0, *order).shape[1:]) for x, order in zip(values, self.orders, strict=True)
-            ]
-        end = self.staying + len(new)
         most = self.room // max(1, sum(value[0].nbytes for value in values))  # rows that may stay
-        if end > len(self.tables[0]):
-            rows = max(end, min(2 * self.staying, most + len(new)))
-            self.tables = [_longer(table, self.staying, rows) for table in self.tables]
-        for table, value, order in zip(self.tables, values, self.orders, strict=True):
-            value = value.permute(0, *order)
-            table[self.staying : end] = value if len(new) == len(keys) else value[torch.tensor(new, dtype=torch.long)]
-        self.places.update((keys[place], self.staying + row) for row, place in enumerate(new))
+        if len(new) < len(keys):
+            values = [value[torch.tensor(new, dtype=torch.long)] for value in values]
+        if not self.tables:
+            self.orders = [[0, *sorted(range(1, x.dim()), key=lambda axis: -x.stride()[axis])] for x in values]
+            self.tables = [x.new_empty(0, *x.shape[1:]) for x in self._in_memory(values)]
+        values = self._in_memory(values)
         fit = min(max(0, most - self.staying), len(new))
-        self.passing = [keys[place] for place in new[fit:]]
-        self.staying += fit
+        end = self.staying + fit
+        if end > len(self.tables[0]):
+            self.tables = [_longer(table, self.staying, min(most, max(end, 2 * self.staying))) for table in self.tables]
+        for table, value in zip(self.tables, values, strict=True):
+            table[self.staying : end] = value[:fit]
+        self.places.update((keys[place], self.staying + row) for row, place in enumerate(new))
+        self.passing, self.passers = [keys[place] for place in new[fit:]], [value[fit:] for value in values]
+        self.staying = end
         self.full |= fit < len(new)
 
     def of(self, keys: Sequence[Hashable]) -> list[Tensor]:
-        rows = torch.tensor([self.places[key] for key in keys], dtype=torch.long, device=self.tables[0].device)
-        return [
-            table.index_select(0, rows).permute(0, *(order.index(axis) + 1 for axis in sorted(order)))
-            for table, order in zip(self.tables, self.orders, strict=True)
-        ]
+        rows = torch.tensor([self.places[key] for key in keys], dtype=torch.long)
+        if rows.tolist() == list(range(self.staying, self.staying + len(self.passing))):  # what was put in last
+            found = self.passers
+        else:
+            found = [_rows(table, passers, rows, self.staying) for table, passers in self._both()]
+        back = [sorted(range(len(order)), key=lambda axis: order[axis]) for order in self.orders]
+        return [x.permute(order) for x, order in zip(found, back, strict=True)]
+
+    def _in_memory(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [x.permute(order) for x, order in zip(values, self.orders, strict=True)]
+
+    def _both(self) -> Iterable[tuple[Tensor, Tensor]]:
+        return zip(self.tables, self.passers or [table[:0] for table in self.tables], strict=True)
+
+
+def _rows(table: Tensor, passers: Tensor, rows: Tensor, staying: int) -> Tensor:
+    """Rows of the first `staying` of a table, with others behind them."""
+    rows = rows.to(table.device)
+    late = rows >= staying
+    if not late.any():
+        return table.index_select(0, rows)
+    found = table.new_empty(len(rows), *table.shape[1:])
+    found[~late], found[late] = table[rows[~late]], passers[rows[late] - staying]
+    return found
 
 
 def _longer(table: Tensor, used: int, rows: int) -> Tensor:

@@ -12,6 +12,7 @@ FLOORS = [
         "_version",
         "nesting",
         "functional",
+        "fusing",
         "joins",
         "formats.plain",
         "formats.writing",

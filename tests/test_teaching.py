@@ -88,10 +88,10 @@ def test_memory_stays_within_its_bytes_and_answers_stay_right(capacity: int) -> 
             for site in ("act1", "act2"):
                 torch.testing.assert_close(answers.sites[site], expected.sites[site][places], rtol=0, atol=1e-14)
             one = 36 * (4 + 5) * 8 + 3 * 8  # bytes that the open network says of one image
-            held = sum(table.nbytes for rows in (teacher.outputs, teacher.sites) for table in rows.tables)
-            assert held <= capacity + 5 * one  # a batch has to be there while it is looked at
-        staying = sum(rows.staying * sum(t[0].nbytes for t in rows.tables) for rows in (teacher.outputs, teacher.sites))
-        assert staying <= capacity
+            memory = (teacher.outputs, teacher.sites)
+            assert sum(table.nbytes for rows in memory for table in rows.tables) <= capacity
+            passing = sum(x.nbytes for rows in memory for x in rows.passers)
+            assert passing <= 5 * one  # a batch has to be there while it is looked at
 
 
 def test_learning_asks_the_open_network_for_each_image_once() -> None:

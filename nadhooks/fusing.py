@@ -1,0 +1,142 @@
+"""A frozen network made faster: convolutions that do the work of the batch norms behind them.
+
+In eval mode a batch norm is one factor and one summand for each channel, which the weights of the convolution before
+it can take in. That spares a pass over the tensor, and what autograd would keep of it for the way back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+CONVOLUTIONS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+NORM = nn.BatchNorm2d.forward  # which those of one and three dimensions share
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+class Fused:
+    """While in force (`with`, also within itself), these modules run by other forward functions; weights stay."""
+
+    def __init__(self, forwards: dict[nn.Module, Callable[..., Tensor]]):
+        self.forwards = forwards
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            for module, forward in self.forwards.items():
+                vars(module)["forward"] = forward
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            for module in self.forwards:
+                del vars(module)["forward"]
+
+
+def fused(model: nn.Module, run: Callable[[], object]) -> Fused:
+    """What can be fused in a model in eval mode, found in one forward pass that `run` makes.
+
+    Convolutions whose output goes to one batch norm and nowhere else, in every call; none that a hook looks at.
+    """
+    with _watched(model) as watched, torch.no_grad():
+        run()
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    for norm, sources in watched.pairs().items():
+        for conv in sources:
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            forwards[conv] = partial(conv._conv_forward, weight=weight.detach(), bias=bias.detach())
+        forwards[norm] = _same if type(norm).forward is NORM else partial(_without_norm, norm.forward)
+    return Fused(forwards)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _without_norm(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What else the layer does, such as timm's batch norms with an activation."""
+    with _NoNorm():
+        return forward(x)
+
+
+class _NoNorm(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.batch_norm:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _plain(norm: Any) -> bool:
+    """Whether it is a factor and a summand for each channel, and nobody looks at what it takes."""
+    return not norm.training and norm.running_mean is not None and not norm._forward_pre_hooks
+
+
+class _Watched(TorchFunctionMode):
+    """Counts what becomes of the outputs of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[nn.Module, Tensor]] = {}  # by id of the tensor, which is held so that it is unique
+        self.uses: dict[int, int] = defaultdict(int)
+        self.taken: dict[int, nn.Module] = {}  # the norm that takes it
+        self.fed: dict[nn.Module, set[int]] = defaultdict(set)  # and the other way round
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(found)):  # not its shape and the like
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if id(leaf) in self.made:
+                    self.uses[id(leaf)] += 1
+        return found
+
+    def made_by(self, conv: nn.Module, args: Any, output: Tensor) -> None:
+        self.made[id(output)] = conv, output
+
+    def taken_by(self, norm: nn.Module, args: Any) -> None:
+        x = args[0] if args else None
+        self.taken[id(x)] = norm
+        self.fed[norm].add(id(x))
+
+    def pairs(self) -> dict[Any, set[Any]]:
+        """{batch norm: the convolutions that feed it and nothing else}."""
+        outputs: dict[nn.Module, list[int]] = defaultdict(list)
+        for key, (conv, _) in self.made.items():
+            outputs[conv].append(key)
+
+        def only(conv: nn.Module, norm: nn.Module) -> bool:
+            return all(self.uses[key] == 1 and self.taken.get(key) is norm for key in outputs[conv])
+
+        found = {}
+        for norm, keys in self.fed.items():
+            sources = {self.made[key][0] for key in keys if key in self.made}
+            if keys <= self.made.keys() and all(only(conv, norm) for conv in sources):
+                found[norm] = sources
+        return found
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[_Watched]:
+    watched = _Watched()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if "forward" in vars(module):  # somebody's own
+                continue
+            if type(module).forward in CONVOLUTIONS and not module._forward_hooks:
+                stack.callback(module.register_forward_hook(watched.made_by).remove)
+            elif isinstance(module, Norm) and _plain(module):
+                stack.callback(module.register_forward_pre_hook(watched.taken_by).remove)
+        with watched:
+            yield watched

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import torch
+
+from nadhooks import objectives
+
+
+def test_distances_are_their_formulas() -> None:
+    a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    b = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    assert objectives.mse(a, b).tolist() == [(0 + 1 + 4 + 9) / 4, 4 / 4]
+    torch.testing.assert_close(objectives.relative_mse(a, b), torch.tensor([14 / 4, 4 / 4], dtype=torch.float64))
+
+
+def test_distances_have_right_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 4, 5, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(objectives.mse, (a, b))
+    assert torch.autograd.gradcheck(lambda a: objectives.relative_mse(a, b.detach()), a)
+
+
+def test_distances_of_half_precision_are_summed_in_full() -> None:
+    a, b = (torch.full((1, 4096), value, dtype=torch.bfloat16) for value in (1.0, 0.0))
+    distance = objectives.mse(a, b)
+    assert distance.dtype == torch.float32
+    assert distance.tolist() == [1.0]
