@@ -44,10 +44,11 @@ class Fused:
                 del vars(module)["forward"]
 
 
-def fused(model: nn.Module, run: Callable[[], object]) -> Fused:
+def fused(model: nn.Module, run: Callable[[], object], channels_last: bool = False) -> Fused:
     """What can be fused in a model in eval mode, found in one forward pass that `run` makes.
 
     Convolutions whose output goes to one batch norm and nowhere else, in every call; none that a hook looks at.
+    channels_last: images will be in that order of memory; weights in another would be copied in every pass.
     """
     with _watched(model) as watched, torch.no_grad():
         run()
@@ -57,7 +58,9 @@ def fused(model: nn.Module, run: Callable[[], object]) -> Fused:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            forwards[conv] = partial(conv._conv_forward, weight=weight.detach(), bias=bias.detach())
+            order = torch.channels_last if channels_last and weight.dim() == 4 else torch.contiguous_format
+            ordered = weight.detach().contiguous(memory_format=order)
+            forwards[conv] = partial(conv._conv_forward, weight=ordered, bias=bias.detach())
         forwards[norm] = _same if type(norm).forward is NORM else partial(_without_norm, norm.forward)
     return Fused(forwards)
 

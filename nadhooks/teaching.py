@@ -71,7 +71,7 @@ class Forward:
             twice, once = _first_axes(expected.outputs), _first_axes(precise(sample, 1).outputs)
             self.by_sample = bool(once) and set(once) == {1} and twice == [2] * len(once)
             self.channels_last = self._stays(expected, pair, channels_last=True)
-            found = fused(self.gates.attached(), lambda: self(pair, 2))
+            found = fused(self.gates.attached(), lambda: self(pair, 2), self.channels_last)
             self.fused = found if self._stays(expected, pair, fused=found) else self.fused
 
     def _stays(self, expected: Pass, pair: Any, **changes: Any) -> bool:
