@@ -31,7 +31,7 @@ class SiteGate:
         return not (gates._rows is gates._values is gates._watch is None) or self.site.name in gates._shut
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        references = sys.getrefcount(x)
+        references = 0 if torch.compiler.is_compiling() else sys.getrefcount(x)
         gates, site = self.gates, self.site
         g, shut = gates._in_force(site), gates._shut.get(site.name)
         changed: Tensor | None = None
@@ -67,6 +67,16 @@ class SiteGate:
             )
 
 
+_compiled: set[str] = set()  # not empty once torch.compile has seen gates in this process
+
+
+def forget_compiled() -> None:
+    """Has everything compiled anew at its next call, if gates were: compiled code ignores hooks that came later."""
+    if _compiled:
+        _compiled.clear()
+        torch.compiler.reset()
+
+
 class Passing:
     """Around each forward pass of the model: checks its samples, and makes the gates of all sites ready at once.
 
@@ -84,7 +94,9 @@ class Passing:
                 f"expected one label for each of the {samples} samples, got {len(rows)}; "
                 "or pass one task for the whole batch"
             )
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            _compiled.add("gates")
+        elif not torch.is_grad_enabled():
             gates._make_ready()
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import zoo
 from ._version import __version__
-from .acting import Passing, SiteGate, known_open
+from .acting import Passing, SiteGate, forget_compiled, known_open
 from .batching import moved
 from .errors import ModelError, NadhooksError, SiteError, TaskError
 from .gating import Clip, UnitMeans, chosen_units
@@ -106,6 +106,7 @@ class Gates:
                 site_gate = SiteGate(self, site)
                 self._handles.append(on_site(model, site, site_gate, site_gate.active))
                 undo.callback(self._handles[-1].remove)
+            forget_compiled()
             passing = Passing(self)
             entering = model.register_forward_pre_hook(passing.enter, with_kwargs=True)
             self._handles.append(Handle(entering, model.register_forward_hook(passing.leave, always_call=True)))

@@ -547,6 +547,24 @@ def test_checkpointed_blocks_learn_inside_their_gates() -> None:
     assert torch.equal(plain["act"], checkpointed["act"])
 
 
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_gates_compile_into_one_graph_also_when_they_are_attached_again(grad: Any) -> None:
+    model, x = seeded(Mlp), vectors()
+    compiled: Any = None
+    for unit in (2, 4):
+        bare = model(x)
+        with nadhooks.attach(model, "act", tasks=2, example=x) as gates, grad():
+            gates.logits["act"].data[1, unit:] = 0
+            if compiled is None:
+                compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            with gates(1):
+                assert torch.equal(compiled(x), model(x))
+                assert not torch.equal(compiled(x), bare)
+            assert torch.equal(compiled(x), bare)
+        with grad():
+            compiled(x)  # without any gate
+
+
 def test_models_compiled_in_place_are_refused() -> None:
     model = Mlp()
     model.compile()
