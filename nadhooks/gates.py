@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import networkx as nx
 import torch
@@ -15,15 +15,16 @@ from torch.utils import _pytree as pytree
 
 from . import zoo
 from ._version import __version__
+from .acting import Passing, SiteGate, forget_compiled, known_open
 from .batching import moved
 from .errors import ModelError, NadhooksError, SiteError, TaskError
-from .gating import Clip, UnitMeans, chosen_units, gate
+from .gating import Clip, UnitMeans, chosen_units
 from .hooking import Handle, SiteHook, WithinHook, on_site
 from .identity import structure_of, unlike, without_wrappers
 from .masks import Masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
-from .tracing import Trace, call_model, parameters_behind, samples_in, trace, undisturbed
+from .tracing import Trace, call_model, parameters_behind, trace, undisturbed
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 Closed = Literal["zero", "mean"]
@@ -55,66 +56,11 @@ def attach(
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
 
 
-class _SiteGate:
-    """What happens at one site in each forward pass. A class at module level: it pickles and deep-copies."""
+class _Ready(NamedTuple):
+    """What gates are in force during one forward pass."""
 
-    def __init__(self, gates: Gates, site: Site):
-        self.gates, self.site = gates, site
-
-    def active(self) -> bool:
-        gates = self.gates
-        return not (gates._rows is gates._values is gates._watch is None) or self.site.name in gates._shut
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        gates, site = self.gates, self.site
-        g = gates._active(site)
-        shut = gates._shut.get(site.name)
-        g = None if g is not None and _known_open(g) else g
-        changed = None if g is None and shut is None else self._gated(x, g, shut)
-        if gates._watch is not None:
-            gates._watch(site, x if changed is None else changed)
-        return changed
-
-    def _gated(self, x: Tensor, g: Tensor | None, shut: Tensor | None) -> Tensor:
-        gates, site = self.gates, self.site
-        if not x.is_floating_point():
-            raise SiteError(f"{site.name}: expected a floating-point tensor, got {x.dtype}")
-        if x.dim() <= site.axis or x.shape[site.axis] != site.units * site.block:
-            raise SiteError(
-                f"{site.name}: expected {site.units * site.block} positions on axis {site.axis}, got shape "
-                f"{tuple(x.shape)}; attach again with an example= like this input"
-            )
-        if g is None:
-            g = torch.ones(1, site.units, device=x.device)
-        if shut is not None:
-            g = g.masked_fill(shut.to(g.device), 0)
-        closed = gates._closed_values(site)
-        return gate(x, g, site.axis, site.block, closed, alternating=site.alternating, views=site.views)
-
-
-def _known_open(g: Tensor) -> bool:
-    """All gates are open, and nobody needs their gradient: the tensor can be left as it is.
-
-    Asked on the CPU only, where it costs next to nothing; elsewhere it would wait for the device.
-    """
-    asked = not torch.is_grad_enabled() and g.device.type == "cpu" and not torch.compiler.is_compiling()
-    return asked and bool((g == 1).all())
-
-
-class _Entry:
-    """Checks, as the model is entered, that there is a label for each sample."""
-
-    def __init__(self, gates: Gates):
-        self.gates = gates
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        rows = self.gates._rows
-        samples = 1 if rows is None else samples_in(args or kwargs)
-        if rows is not None and len(rows) not in (1, samples):
-            raise TaskError(
-                f"expected one label for each of the {samples} samples, got {len(rows)}; "
-                "or pass one task for the whole batch"
-            )
+    rows: Tensor  # of the `with` that they belong to
+    gates: dict[str, Tensor | None]
 
 
 class Gates:
@@ -153,18 +99,35 @@ class Gates:
         self._by_name = {site.name: site for site in self.sites}
         self._tensors = {site.name: _dtype_and_device(seen, site) for site in self.sites}
         self._set_tasks(tasks)
+        self._open_all()
+        self._handles: list[Handle] = []
+        with ExitStack() as undo:
+            for site in self.sites:
+                site_gate = SiteGate(self, site)
+                self._handles.append(on_site(model, site, site_gate, site_gate.active))
+                undo.callback(self._handles[-1].remove)
+            forget_compiled()
+            passing = Passing(self)
+            entering = model.register_forward_pre_hook(passing.enter, with_kwargs=True)
+            self._handles.append(Handle(entering, model.register_forward_hook(passing.leave, always_call=True)))
+            undo.pop_all()
+
+    def _open_all(self) -> None:
+        """Nothing is in force."""
         self._rows: Tensor | None = None  # (batch or 1,) rows of the tasks in force
         self._values: Mapping[str, Tensor] | None = None  # gates that were handed over instead
         self._shut: dict[str, Tensor] = {}  # site -> (units,) bool
         self._watch: Callable[[Site, Tensor], None] | None = None
-        self._handles: list[Handle] = []
-        with ExitStack() as undo:
-            for site in self.sites:
-                site_gate = _SiteGate(self, site)
-                self._handles.append(on_site(model, site, site_gate, site_gate.active))
-                undo.callback(self._handles[-1].remove)
-            self._handles.append(Handle(model.register_forward_pre_hook(_Entry(self), with_kwargs=True)))
-            undo.pop_all()
+        self._ready: _Ready | None = None  # during a forward pass without gradients
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose gates are open: no `with` that the copy was made in would ever put them back."""
+        self.__dict__.update(state)
+        self._open_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        in_force = ("_rows", "_values", "_shut", "_watch", "_ready")
+        return {name: value for name, value in vars(self).items() if name not in in_force}
 
     def _without_dead_ends(self, found: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites on a way from the input to the output; the wiring and `skipped` follow."""
@@ -307,7 +270,7 @@ class Gates:
 
         Names may differ by the prefix of DataParallel, DDP or torch.compile; for other names see `masks.renamed`.
         Optimisers keep working if the tasks are as many as before; otherwise the logits are new parameters.
-        Raises SiteError where the masks do not fit.
+        Raises SiteError where the masks do not fit, TaskError for another number of tasks inside `with gates(...)`.
         """
         if not isinstance(masks, Masks):
             raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
@@ -321,6 +284,11 @@ class Gates:
             raise SiteError(
                 f"the masks do not fit this model: {next(iter(differ))}: {first}{more}; attach with sites=masks.sites, "
                 f"load the masks of this model, give sites other names with masks.renamed{remedy}"
+            )
+        if len(masks.tasks) != len(self.task_rows) and not (self._rows is self._values is None):
+            raise TaskError(
+                f"expected masks of the {len(self.task_rows)} tasks that are in force, got {len(masks.tasks)} tasks; "
+                "load them outside of `with gates(...)`"
             )
         tables = {site.name: masks[site.name] for site in fitting}  # a damaged file is found here, before any change
         if len(masks.tasks) != len(self.task_rows):
@@ -363,14 +331,25 @@ class Gates:
             dtype, device = self._tensors[site.name]
             self.logits[site.name] = nn.Parameter(torch.ones(len(tasks), site.units, dtype=dtype, device=device))
 
-    def _active(self, site: Site) -> Tensor | None:
+    def _in_force(self, site: Site) -> Tensor | None:
         """The gates in force at a site, (batch or 1, units); None where all are open."""
+        ready = self._ready
+        if ready is not None and not torch.is_grad_enabled() and ready.rows is self._rows is not None:
+            return ready.gates[site.name]
         if self._values is not None:
-            return self._values.get(site.name)
-        if self._rows is None:
+            g = self._values.get(site.name)
+        elif self._rows is not None:
+            logits = self.logits[site.name]
+            rows = logits[self._rows.to(logits.device)]
+            g = cast(Tensor, Clip.apply(rows)) if torch.is_grad_enabled() else rows.clamp(0, 1)
+        else:
             return None
-        logits = self.logits[site.name]
-        return cast(Tensor, Clip.apply(logits[self._rows.to(logits.device)]))
+        return None if g is None or known_open(g) else g
+
+    def _make_ready(self) -> None:
+        self._ready = None
+        if self._rows is not None:
+            self._ready = _Ready(self._rows, {site.name: self._in_force(site) for site in self.sites})
 
     @contextmanager
     def everything_open(self) -> Iterator[None]:
@@ -457,7 +436,7 @@ def bare_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-OURS = (SiteHook, WithinHook, _Entry)
+OURS = (SiteHook, WithinHook, Passing)
 
 
 def _owner(hook: Any) -> Any:

@@ -22,13 +22,15 @@ def gate(
     *,
     alternating: bool = False,
     views: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
 
     x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
     unit is `block` positions of `axis`, side by side or `alternating`. Where axis 0 of x is a multiple of the batch,
     the positions of one sample lie together (windows, frames), or with `views` all samples of one view do. The result
-    has x's dtype: a float32 gate must not promote an output under autocast.
+    has x's dtype: a float32 gate must not promote an output under autocast. overwrite: into x itself, where c is zero.
+    An x that is not finite stays so under a gate of 0, as 0·∞ is no number; `with_closed` replaces it.
     """
     if g.shape[0] not in (1, x.shape[0]):
         if x.shape[0] % g.shape[0]:
@@ -40,12 +42,21 @@ def gate(
         g = g.repeat(times, 1) if views else g.repeat_interleave(times, 0)
     g = _spread(g, x, axis, block, alternating)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
-        return g * x
+        return x.mul_(g) if overwrite else g * x
     return torch.addcmul((1 - g) * _spread(closed[None], x, axis, block, alternating), g, x)  # one pass over x
 
 
-def _spread(rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool) -> Tensor:
-    rows = positions(rows.to(device=x.device, dtype=x.dtype), block, alternating)
+def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = None) -> Tensor:
+    """x, and in place of these units (a (units,) boolean tensor) zero or `closed` (units,), whatever they hold."""
+    there = _spread(units[None], x, site.axis, site.block, site.alternating, torch.bool)
+    what = 0 if closed is None else _spread(closed[None], x, site.axis, site.block, site.alternating)
+    return torch.where(there, what, x)
+
+
+def _spread(
+    rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    rows = positions(rows.to(device=x.device, dtype=dtype or x.dtype), block, alternating)
     shape = [1] * x.dim()
     shape[0], shape[axis] = rows.shape
     return rows.reshape(shape)

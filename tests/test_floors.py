@@ -33,8 +33,8 @@ FLOORS = [
     {"sites", "methods.estimators"},
     {"hooking", "gating", "budgets", "methods.authors", "methods.fidelity", "methods.baselines"},
     {"methods", "formats.mask_file", "comparing", "checkpoints", "progress"},
-    {"masks", "sampling"},
-    {"wiring", "identity", "layers", "gated"},
+    {"masks", "sampling", "ownership"},
+    {"wiring", "identity", "layers", "gated", "acting"},
     {"gates", "flow", "seeing", "segments", "analysis"},
     {"teaching", "evaluation.recognition", "folding", "shrinking"},
     {"learner"},
@@ -50,7 +50,10 @@ FLOORS = [
     {"__main__", "zoo.__main__", ""},
 ]
 
-LATE = {("masks", "sharing")}  # a method for what stands above, imported when it is called
+LATE = {
+    ("masks", "sharing"),  # a method for what stands above, imported when it is called
+    ("acting", "gates"),  # as a type only
+}
 
 
 def module_name(path: Path) -> str:

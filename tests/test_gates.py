@@ -258,7 +258,7 @@ def test_detach_restores_the_model_and_may_be_repeated() -> None:
 def test_failed_attach_leaves_no_hooks() -> None:
     class Refuses(nn.ReLU):
         def register_forward_hook(self, hook, **kwargs):
-            if isinstance(hook, nadhooks.hooking.SiteHook) and isinstance(hook.change, nadhooks.gates._SiteGate):
+            if isinstance(hook, nadhooks.hooking.SiteHook) and isinstance(hook.change, nadhooks.acting.SiteGate):
                 raise RuntimeError("no hooks here")
             return super().register_forward_hook(hook, **kwargs)
 
@@ -294,6 +294,57 @@ def test_gated_models_copy_and_pickle() -> None:
         with gates.close("act", range(7)):
             assert torch.equal(clone(x), pickled(x))  # a copy has gates of its own, which stay open
             assert not torch.equal(model(x), clone(x))
+
+
+def test_a_copy_made_inside_a_with_has_open_gates() -> None:
+    model, x = seeded(Mlp), vectors()
+    bare = model(x)
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates:
+        values = torch.zeros(7, requires_grad=True) * 1  # not a leaf: refuses to be copied
+        with gates.apply({"act": values}), gates.close("act", 0), gates.watch(lambda site, tensor: None):
+            clone, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+            assert not torch.equal(model(x), bare)
+        assert torch.equal(clone(x), bare)
+        assert torch.equal(pickled(x), bare)
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("closed", ["zero", "mean"])
+def test_a_closed_unit_puts_out_its_value_whatever_it_holds(grad: Any, closed: nadhooks.gates.Closed) -> None:
+    model, x = seeded(Mlp), vectors()
+    seen: list[Tensor] = []
+    with nadhooks.attach(model, "act", closed=closed, example=x) as gates:
+        gates.calibrate([x])
+        gates.closed = closed
+        expected = gates.means["act"][2] if closed == "mean" else torch.zeros(())
+        model.fc1.weight.data[2] = torch.inf  # activations of ±inf and NaN
+        with grad(), gates.close("act", 2), gates.watch(lambda site, tensor: seen.append(tensor.clone())):
+            assert model(x).isfinite().all()
+    assert (seen[0][:, 2] == expected).all()
+
+
+def test_masks_of_other_tasks_wait_until_nothing_is_in_force() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=4, example=x) as gates:
+        fewer = gates.masks().select([0, 1])
+        with gates(3), pytest.raises(TaskError, match=r"expected masks of the 4 tasks that are in force, got 2"):
+            gates.load(fewer)
+        with gates(3):
+            model(x)
+        gates.load(fewer)
+        assert len(gates.tasks) == 2
+
+
+def test_logits_that_change_between_passes_are_seen_without_gradients_too() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates, torch.no_grad(), gates(1):
+        whole = model(x)
+        gates.logits["act"].data[1] = 0
+        shut = model(x)
+        assert not torch.equal(whole, shut)
+        assert not model.act(x.new_ones(2, 7)).any()  # a module of the model on its own goes through its gate
+        gates.logits["act"].data[1] = 1
+        assert torch.equal(model(x), whole)
 
 
 def test_float32_gates_do_not_promote_under_autocast() -> None:
@@ -494,6 +545,24 @@ def test_checkpointed_blocks_learn_inside_their_gates() -> None:
     data = [(x, seeded(Mlp, 4)(x).argmax(1))]
     plain, checkpointed = (nadhooks.learn(seeded(kind, 4), data, "act", method="nad") for kind in (Mlp, Checkpointed))
     assert torch.equal(plain["act"], checkpointed["act"])
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_gates_compile_into_one_graph_also_when_they_are_attached_again(grad: Any) -> None:
+    model, x = seeded(Mlp), vectors()
+    compiled: Any = None
+    for unit in (2, 4):
+        bare = model(x)
+        with nadhooks.attach(model, "act", tasks=2, example=x) as gates, grad():
+            gates.logits["act"].data[1, unit:] = 0
+            if compiled is None:
+                compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            with gates(1):
+                assert torch.equal(compiled(x), model(x))
+                assert not torch.equal(compiled(x), bare)
+            assert torch.equal(compiled(x), bare)
+        with grad():
+            compiled(x)  # without any gate
 
 
 def test_models_compiled_in_place_are_refused() -> None:

@@ -202,3 +202,20 @@ def test_wiring_on_the_meta_device_needs_no_values() -> None:
         assert set(gates.wiring.edges) == {("input", "stem"), ("stem", "left"), ("stem", "output"), ("left", "output")}
         with pytest.raises(nadhooks.NadhooksError, match="meta device"):
             gates.rewire(torch.empty(2, 4, device="meta"))
+
+
+def test_perturbation_runs_a_layer_only_where_it_takes_in_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)), torch.randn(2, 3)
+    runs: list[nn.Module] = []
+    forward = nn.Linear.forward
+
+    def counted(layer: nn.Linear, input: Tensor) -> Tensor:
+        runs.append(layer)
+        return forward(layer, input)
+
+    with nadhooks.attach(model, nadhooks.sites.channels(), example=x) as gates:
+        monkeypatch.setattr(nn.Linear, "forward", counted)
+        found = set(nadhooks.wiring.perturb(model, gates.sites, x).edges)
+    assert found == {("input", "0"), ("0", "1"), ("1", "2"), ("2", "output")}
+    assert runs == [*model, *model]  # all once, and each once more when what comes before it was changed
+    assert not any("forward" in vars(layer) for layer in model)

@@ -38,7 +38,7 @@ SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)  # image sides that are
 SAMPLED = 6  # sites that are closed one at a time, where there are more
 TRIED = 5  # units of such a site, until the output feels one
 FAINTER = (0.7, 0.3, 0.1)  # weights times these, until no sigmoid or softmax is saturated on the way of a gradient
-SECONDS_TO_PERTURB = {"blocks": 120, "channels": 400}  # expected; in which a second opinion is asked for
+SECONDS_TO_PERTURB = {"blocks": 120, "channels": 2400}  # at most expected; in which a second opinion is asked for
 LOUD = 1e6  # outputs beyond this, of networks of drawn weights, swallow the part of a single unit
 REAL_PARAMETERS = 40_000_000
 REAL_BYTES = 8 * 2**30
@@ -150,7 +150,7 @@ def checked(run: Runner, gates: Gates, example: Any, thorough: bool, patience: f
     found["closing"] = closing_is_felt(run, gates, strongest)
     found["per sample"] = "not run: a list of images" if run.detects else samples_go_their_own_way(run, gates)
     if patience:
-        expected = run.seconds * len(gates.sites)
+        expected = run.seconds * len(gates.sites) / 2  # a replay takes one sample, half of the batch
         late = expected > patience
         found["perturbation"] = (
             f"not run: {len(gates.sites)} passes would take {expected:.0f} s"

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from .check import GRANULARITIES, Finding, check_model, parameters_of
 
-TIME_LIMIT = 900  # seconds for one model
+TIME_LIMIT = 1800  # seconds without a result
 
 Result = TypeVar("Result")
 
