@@ -15,7 +15,7 @@ from .segments import Cut, Replay, unit_part
 from .wiring import INPUT, OUTPUT
 
 Choose = Callable[[Tensor, Tensor], Tensor]  # from (units,) strengths, and which units are kept, to units
-BENT = 0.25  # where closing differs from first order by more than this share, every kept unit of a site is closed
+BENT = 1 / 3  # where closing differs from first order by more than this share, every kept unit of a site is closed
 
 
 def measure(

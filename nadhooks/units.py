@@ -58,7 +58,7 @@ def unit_flow(
         one vector-Jacobian product for each target, a third faster and worst where flows are multiplied; None decides
         between sites: midpoint where flows are multiplied (gates, attention) or no gradient passes, else gradient.
     nodes: of each site, the strongest units that hold this share of its |attribution| (1: every kept unit). They are
-        chosen to first order; but where closing those does much else (by more than a quarter, in the first batch),
+        chosen to first order; but where closing those does much else (by more than a third, in the first batch),
         every kept unit of the site is closed and the strongest are chosen by that.
     edges: of each target, the strongest edges that hold this share of its inflow; `top` takes so many instead.
     regions: rows and columns of the grid of image regions that edges from the input begin at; 1 for a single "input".
