@@ -58,8 +58,8 @@ def main() -> None:
     masks = random_masks(model, images)
     before, began, busy = peak(), time.perf_counter(), time.process_time()
     graph = nadhooks.unit_flow(
-        model, masks, 0, images, estimator=options.estimator,
-        **({"nodes": 1, "top": 20} if options.exhaustive else {}),
+        model, masks, 0, images, estimator=options.estimator, nodes=1 if options.exhaustive else 0.8,
+        top=20 if options.exhaustive else None,
     )  # fmt: skip
     print(
         f"{len(graph)} nodes, {graph.number_of_edges()} edges: {time.perf_counter() - began:.0f} s "
