@@ -1,9 +1,9 @@
-"""Direct effects of units on units: the numbers of the unit-level flow graph, by gradients and by closing."""
+"""What effects of units on units are measured in: one task's sub-architecture on some images."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
-from .gating import gate, unit_sums
-from .joins import ATTENTION, PRODUCT
+from .gating import by_unit, gate, unit_sums
 from .masks import Masks
-from .segments import Cut, Gated, Score, replaying, unit_part
+from .segments import Cut, Gated, Score, replaying
 from .sites import Site
 from .tracing import frozen, logits_of
 from .wiring import INPUT, OUTPUT
@@ -48,8 +47,8 @@ class Setting:
     regions: tuple[int, int]
 
     def score(self, outputs: Any) -> Tensor:
-        """The class's logit, summed over the images."""
-        return logits_of(outputs)[:, self.label].sum()
+        """(images,) the class's logit."""
+        return logits_of(outputs)[:, self.label]
 
     def cut(self, images: Tensor) -> Cut:
         return Cut(self.model, list(self.sites.values()), self.gates, images, self.score)
@@ -72,7 +71,7 @@ class Setting:
         if source == INPUT:
             return value - self.references[INPUT]
         site = self.sites[source]
-        return _of_kept(self, source, value - self.closed(source, value, torch.arange(site.units)))
+        return self.of_kept(source, value - self.closed(source, value, torch.arange(site.units)))
 
     def region_numbers(self, images: Tensor) -> Tensor:
         """(height, width) number of each pixel's region; one region for inputs that are not images."""
@@ -84,34 +83,70 @@ class Setting:
         across = torch.arange(width, device=images.device) * columns // width
         return down[:, None] * columns + across[None]
 
-    def sums(self, name: str, x: Tensor) -> Tensor:
-        """Sums over images and positions: (units,) float64; of the input (regions,), of the output (1,)."""
+    def of_kept(self, name: str, x: Tensor) -> Tensor:
+        """Without what belongs to units that the mask drops."""
         if name == OUTPUT:
-            return x.detach().double().reshape(1).cpu()
+            return x
+        site = self.sites[name]
+        return gate(x, self.kept[name][None].to(x), site.axis, site.block, None, alternating=site.alternating)
+
+    def by_image(self, name: str, x: Tensor, images: int) -> Tensor:
+        """Sums over positions: (images, units) float64; of the input (images, regions), of the output (images, 1)."""
+        x = x.detach()
+        if name == OUTPUT:
+            return x.double().reshape(images, 1).cpu()
         if name != INPUT:
-            return unit_sums(x, self.sites[name]).cpu()
-        x = x.detach().double()
+            return by_unit(x, self.sites[name], images).sum(2, dtype=torch.float64).cpu()
         numbers = self.region_numbers(x)
-        by_position = x.sum((0, 1) if x.dim() == 4 else 0)
-        total = torch.zeros(self.regions[0] * self.regions[1], dtype=torch.float64, device=x.device)
-        return total.index_add(0, numbers.flatten(), by_position.flatten()).cpu()
+        by_position = x.double().sum(1) if x.dim() == 4 else x.double()
+        total = torch.zeros(images, self.regions[0] * self.regions[1], dtype=torch.float64, device=x.device)
+        return total.index_add(1, numbers.flatten(), by_position.flatten(1)).cpu()
 
 
 @dataclass
 class Effects:
     """Averages over the images. shown: {site: units that are looked at}, the input's regions, the output as unit 0.
 
-    attribution: {site: (units,)} how much a unit's activity adds to the logit. edges: {(source, target): (targets
-    shown, sources shown)}. bias: {site: (shown,)} what a unit has beyond all units upstream. outflow: {source:
-    (shown,)} the sum of a unit's edges to everything behind it, shown or not.
+    attribution: {site: (units,)} how much a unit adds to the logit. edges: {(source, target): (targets shown, sources
+    shown)}. bias: {site: (shown,)} what a unit has beyond all units upstream. outflow: {source: (shown,)} the sum of a
+    unit's edges to everything behind it, shown or not.
     """
 
     shown: dict[str, Tensor]
     attribution: dict[str, Tensor]
     logit: float
-    edges: dict[Edge, Tensor] = field(default_factory=dict)
+    edges: dict[Edge, Tensor]
     bias: dict[str, Tensor] = field(default_factory=dict)
     outflow: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, shown: Mapping[str, Tensor], attribution: dict[str, Tensor], logit: float, edges: Iterable[Edge]
+    ) -> Effects:
+        effects = cls(dict(shown), attribution, logit, dict.fromkeys(edges, torch.empty(0)))
+        for name, units in shown.items():
+            effects.look_at(name, units)
+        return effects
+
+    def look_at(self, name: str, units: Tensor) -> None:
+        """Takes these units of a site, of which nothing is known yet."""
+        self.shown[name] = units
+        self.bias[name] = torch.zeros(len(units), dtype=torch.float64)
+        self.outflow[name] = torch.zeros(len(units), dtype=torch.float64)
+        for source, target in self.edges:
+            if name in (source, target):
+                size = len(self.shown[target]), len(self.shown[source])
+                self.edges[source, target] = torch.zeros(size, dtype=torch.float64)
+
+    def narrow(self, name: str, chosen: Tensor) -> None:
+        """Forgets all but the chosen ones (booleans) among a site's units."""
+        for known in (self.shown, self.bias, self.outflow):
+            known[name] = known[name][chosen]
+        for source, target in self.edges:
+            if target == name:
+                self.edges[source, target] = self.edges[source, target][chosen]
+            elif source == name:
+                self.edges[source, target] = self.edges[source, target][:, chosen]
 
 
 @contextmanager
@@ -190,167 +225,3 @@ def _means(found: Setting) -> dict[str, Tensor]:
                 counts[name] += replay.leaving[name].numel() // site.units
     dtype = found.batches[0].dtype
     return {name: (total / counts[name]).to(dtype) for name, total in sums.items()}
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def measure(
-    found: Setting,
-    choose: Callable[[Tensor, Tensor], Tensor],
-    weighting: Weighting,
-    estimator: Estimator | None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Effects:
-    """Attributions first; then the edges between the units that choose(strengths, kept) takes from each site's."""
-    only = found.cut(found.batches[0]) if len(found.batches) == 1 else None
-    attribution, logit = _attribution(found, only)
-    shown = {name: choose(attribution[name].abs(), found.kept[name]) for name in found.sites}
-    shown[INPUT], shown[OUTPUT] = torch.arange(found.regions[0] * found.regions[1]), torch.zeros(1, dtype=torch.long)
-    effects = Effects(shown, attribution, logit)
-    closing = {edge for edge in found.wiring.edges if estimator_of(found.wiring, edge, estimator) == "midpoint"}
-    for edge in found.wiring.edges:
-        effects.edges[edge] = torch.zeros(len(shown[edge[1]]), len(shown[edge[0]]), dtype=torch.float64)
-    for name in found.sites:
-        effects.bias[name] = torch.zeros(len(shown[name]), dtype=torch.float64)
-    effects.outflow = {name: torch.zeros(len(units), dtype=torch.float64) for name, units in shown.items()}
-    counted = _Progress(found, shown, closing, progress)
-    for images in found.batches:
-        cut = only or found.cut(images)
-        cotangents = {name: _cotangent(found, cut, name, weighting) for name in (*found.sites, OUTPUT)}
-        for name in found.sites:
-            value = cut.entering[name].detach()
-            worth = found.sums(name, cotangents[name] * found.difference(name, value))
-            effects.bias[name] += worth[shown[name]] / found.images
-        _by_gradient(found, cut, cotangents, effects, set(found.wiring.edges) - closing, counted)
-        if closing:
-            _by_closing(found, images, cotangents, effects, closing, counted)
-    return effects
-
-
-def estimator_of(wiring: nx.DiGraph, edge: Edge, estimator: Estimator | None) -> Estimator:
-    """The one asked for; None decides by what lies between: midpoint for products, and where no gradient passes."""
-    if estimator is not None:
-        return estimator
-    data = wiring.edges[edge]
-    return "midpoint" if data.get("join") in (PRODUCT, ATTENTION) or data.get("found") == "perturbation" else "gradient"
-
-
-def _attribution(found: Setting, only: Cut | None) -> tuple[dict[str, Tensor], float]:
-    totals = {name: torch.zeros(site.units, dtype=torch.float64) for name, site in found.sites.items()}
-    logit = 0.0
-    for images in found.batches:
-        cut = only or found.cut(images)
-        logit += float(cut.entering[OUTPUT].detach())
-        for name in found.sites:
-            if name in cut.gradient:
-                value = cut.leaving[name].detach()
-                totals[name] += found.sums(name, cut.gradient[name] * found.difference(name, value))
-    return {name: total / found.images for name, total in totals.items()}, logit / found.images
-
-
-def _cotangent(found: Setting, cut: Cut, name: str, weighting: Weighting) -> Tensor:
-    """What a change at each position counts: its gradient, or as much as each other position of its unit."""
-    entering = cut.entering[name].detach()
-    if name == OUTPUT:
-        return torch.ones_like(entering)
-    if weighting == "class":
-        return cut.gradient[name] if name in cut.gradient else torch.zeros_like(entering)
-    batch = len(cut.leaving[INPUT])
-    return torch.full_like(entering, batch * found.sites[name].units / entering.numel())
-
-
-def _of_kept(found: Setting, name: str, x: Tensor) -> Tensor:
-    """Without what belongs to units that the mask drops."""
-    if name == OUTPUT:
-        return x
-    site = found.sites[name]
-    return gate(x, found.kept[name][None].to(x), site.axis, site.block, None, alternating=site.alternating)
-
-
-def _by_gradient(
-    found: Setting, cut: Cut, cotangents: Mapping[str, Tensor], effects: Effects, edges: set[Edge], counted: _Progress
-) -> None:
-    """One vector-Jacobian product for each shown unit, from the output down."""
-    difference = {name: found.difference(name, leaf.detach()) for name, leaf in cut.leaving.items()}
-    for target in reversed(cut.entering):
-        sources = [name for name in cut.leaving if (name, target) in edges]
-        if not sources:
-            continue
-        for source, part in cut.product(target, _of_kept(found, target, cotangents[target]), sources).items():
-            sums = found.sums(source, part * difference[source]) / found.images
-            effects.outflow[source] += sums[effects.shown[source]]
-        one = cotangents[target] if target == OUTPUT else torch.zeros_like(cotangents[target])
-        for row, unit in enumerate(effects.shown[target].tolist()):
-            if target != OUTPUT:
-                site = found.sites[target]
-                here = unit_part(site, one, unit)
-                here.copy_(unit_part(site, cotangents[target], unit))
-            for source, part in cut.product(target, one, sources).items():
-                sums = found.sums(source, part * difference[source]) / found.images
-                effects.edges[source, target][row] += sums[effects.shown[source]]
-                if target != OUTPUT:
-                    effects.bias[target][row] -= sums.sum()
-            if target != OUTPUT:
-                here.zero_()
-            counted.step()
-
-
-def _by_closing(
-    found: Setting,
-    images: Tensor,
-    cotangents: Mapping[str, Tensor],
-    effects: Effects,
-    edges: set[Edge],
-    counted: _Progress,
-) -> None:
-    """One pass through the segment for each shown source, and one for all others of its site together."""
-    with found.replaying(images) as replay:
-        for source in replay.leaving:
-            targets = [target for target in replay.entering if (source, target) in edges]
-            if not targets:
-                continue
-
-            def change(units: Tensor, source: str = source, targets: list[str] = targets) -> dict[str, Tensor]:
-                seen = replay.run(source, found.closed(source, replay.leaving[source], units), targets)
-                return {
-                    name: found.sums(name, cotangents[name] * (replay.entering[name] - seen[name])) / found.images
-                    for name in targets
-                }
-
-            shown = effects.shown[source]
-            parts = [(slice(column, column + 1), change(shown[column : column + 1])) for column in range(len(shown))]
-            counted.step(len(shown))
-            others = torch.zeros(0, dtype=torch.long)
-            if source != INPUT:
-                left = found.kept[source].clone()
-                left[shown] = False
-                others = left.nonzero()[:, 0]
-            parts += [(slice(0, 0), change(others))] if len(others) else []
-            for columns, sums in parts:
-                for target in targets:
-                    there = sums[target][effects.shown[target]]
-                    effects.edges[source, target][:, columns] += there[:, None]
-                    counts = torch.ones(1, dtype=torch.bool) if target == OUTPUT else found.kept[target]
-                    effects.outflow[source][columns] += sums[target][counts].sum()
-                    if target != OUTPUT:
-                        effects.bias[target] -= there
-
-
-class _Progress:
-    def __init__(
-        self,
-        found: Setting,
-        shown: Mapping[str, Tensor],
-        closing: set[Edge],
-        report: Callable[[int, int], None] | None,
-    ):
-        by_gradient = {target for _, target in set(found.wiring.edges) - closing}
-        by_closing = {source for source, _ in closing}
-        each = sum(len(shown[name]) for name in by_gradient) + sum(len(shown[name]) for name in by_closing)
-        self.done, self.total, self.report = 0, each * len(found.batches), report
-
-    def step(self, steps: int = 1) -> None:
-        self.done += steps
-        if self.report is not None:
-            self.report(self.done, self.total)

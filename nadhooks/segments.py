@@ -35,6 +35,13 @@ def unit_part(site: Site, x: Tensor, unit: int) -> Tensor:
     return along[unit :: site.units] if site.alternating else along[unit * site.block : (unit + 1) * site.block]
 
 
+def copy(x: Tensor) -> Tensor:
+    """A copy that, where torch can, takes time and memory only when one of the two is written to."""
+    lazily = getattr(torch, "_lazy_clone", None)  # not public, and so not relied on
+    plain = type(x) is Tensor and x.layout == torch.strided and x.device.type in ("cpu", "cuda")
+    return lazily(x) if lazily and plain else x.clone()
+
+
 class Cut:
     """One pass of some images, cut at every site: the gradient of the score at each, and products with segments.
 
@@ -111,11 +118,11 @@ class Replay:
 
     def _record(self, site: Site, x: Tensor) -> Tensor:
         _once(site, self.entering)
-        self.entering[site.name] = x.clone()  # an in-place layer that follows would overwrite it
-        self.leaving[site.name] = gated(site, x, self.gates).clone()
+        self.entering[site.name] = copy(x)  # an in-place layer that follows would overwrite it
+        self.leaving[site.name] = copy(gated(site, x, self.gates))
         self._time += 1
         self._fired[site.name] = self._time
-        return self.leaving[site.name].clone()
+        return copy(self.leaving[site.name])
 
     def run(self, source: str, value: Tensor, targets: Sequence[str], *, free: bool = False) -> dict[str, Tensor]:
         """What enters the targets ("output": the score) when `value` leaves the source in place of what did.
@@ -128,20 +135,20 @@ class Replay:
 
         def change(site: Site, x: Tensor) -> Tensor:
             if site.name in waiting:
-                seen[site.name] = x.clone()
+                seen[site.name] = copy(x)
                 if len(seen) == len(waiting):
                     raise _Stop
             if site.name == source:
-                return value.clone()
+                return copy(value)
             if free and self._fired[site.name] > start:
                 return gated(site, x, self.gates)
-            return self.leaving[site.name].clone()
+            return copy(self.leaving[site.name])
 
         self._change, self._from = change, start
         images = value if source == "input" else self.leaving["input"]
         try:
             with torch.no_grad():
-                outputs = self.model(images.clone())
+                outputs = self.model(copy(images))
                 seen["output"] = self.score(outputs)
         except _Stop:
             pass
@@ -161,7 +168,7 @@ class Replay:
             stack.callback(on_site(self.model, site, partial(self._changed, site)).remove)
         with ExitStack() as recording, torch.no_grad():
             self._watch_modules(recording)
-            self.entering["output"] = self.score(self.model(self.leaving["input"].clone()))
+            self.entering["output"] = self.score(self.model(copy(self.leaving["input"])))
         for name in self._outputs:
             module = self.model.get_submodule(name)
             before = vars(module).get("forward")
@@ -185,7 +192,7 @@ class Replay:
             self._time += 1
             self._done[name] = self._time
             if calls[name] == 1:
-                self._outputs[name] = pytree.tree_map_only(Tensor, Tensor.clone, output)
+                self._outputs[name] = pytree.tree_map_only(Tensor, copy, output)
             else:
                 self._outputs.pop(name, None)
 
@@ -205,7 +212,7 @@ class _Remembered:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.replay._skipped(self.name):
-            return pytree.tree_map_only(Tensor, Tensor.clone, self.replay._outputs[self.name])
+            return pytree.tree_map_only(Tensor, copy, self.replay._outputs[self.name])
         return self.forward(*args, **kwargs)
 
 

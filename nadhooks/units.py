@@ -10,10 +10,11 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, nn
 
-from .effects import Effects, Estimator, Reference, Setting, Weighting, estimator_of, measure, setting
+from .effects import Effects, Estimator, Reference, Setting, Weighting, setting
 from .errors import NadhooksError
 from .graphs import FlowGraph
 from .masks import Masks
+from .measuring import estimator_of, measure
 from .wiring import INPUT, OUTPUT
 
 Key = tuple[str, int]  # a site and a unit of it; the bias of a site is unit -1
@@ -47,25 +48,29 @@ def unit_flow(
         model's output that is explained.
     weighting: "class", e(u→v) = Σ_p ∂logit/∂z_v(p) · Δ_u z_v(p), how much u adds to the logit through v; or "pooled",
         by how much u raises v's mean activation. Δ_u z_v is the change of v's activation when u goes from the reference
-        to what it is, on direct ways: every other site keeps its value. The two hardly correlate.
+        to what it is, on direct ways: every other site keeps its value. The two hardly correlate. With the midpoint,
+        class-weighted edges have a second-order term besides: t² · b_v, image by image, where b_v is what closing v
+        does to the logit beyond ∂logit/∂z_v · Δz_v, and t the share that Δ_u z_v is of v's own Δz_v.
     reference: "zero" or "mean"; by default what closed units of the masks put out. Where masks have no means, the
         units' means over `images`. Of the input: zero, or each channel's mean.
     estimator: "midpoint" (default), the difference quotient around gate ½ over the gate's whole range, which is what
         closing u changes, exactly, at one pass through the segment for each source; "gradient", Δ to first order, at
         one vector-Jacobian product for each target, a third faster and worst where flows are multiplied; None decides
         between sites: midpoint where flows are multiplied (gates, attention) or no gradient passes, else gradient.
-    nodes: of each site, the strongest units that hold this share of its |attribution| (1: every kept unit).
+    nodes: of each site, the strongest units that hold this share of its |attribution| (1: every kept unit). They are
+        chosen to first order; but where closing those does much else (by more than a third, in the first batch),
+        every kept unit of the site is closed and the strongest are chosen by that.
     edges: of each target, the strongest edges that hold this share of its inflow; `top` takes so many instead.
     regions: rows and columns of the grid of image regions that edges from the input begin at; 1 for a single "input".
     paths: how many strongest paths from the input to the output are listed.
-    batch: images at a time; memory grows with it, the result does not depend on it.
+    batch: images at a time; memory grows with it, the result depends on it only by what `nodes` says.
     progress: called with (steps done, steps).
 
-    Nodes: "SITE:UNIT" (kind "unit"; site, unit, attribution: what it adds to the logit, Σ_p ∂logit/∂z(p) · Δz(p)),
-    "SITE:bias" (kind "bias": its edge to v is v's attribution beyond all kept units upstream, constants and
-    interactions), "input:ROW,COLUMN" or "input", "output"; each with its stage. Units and regions also have outflow,
-    the sum of all their edges, the pruned ones too; to first order that is the attribution. Edges: weight, signed. The
-    graph:
+    Nodes: "SITE:UNIT" (kind "unit"; site, unit, attribution: what it adds to the logit), "SITE:bias" (kind "bias": its
+    edge to v is v's attribution beyond all kept units upstream, constants and interactions), "input:ROW,COLUMN" or
+    "input", "output"; each with its stage. Units and regions also have outflow, the sum of all their edges, the pruned
+    ones too. Attribution is that outflow where class-weighted edges were found by the midpoint, otherwise
+    Σ_p ∂logit/∂z(p) · Δz(p), to first order. Edges: weight, signed. The graph:
     level, tasks, model, weighting, reference, estimator, images, logit (their mean), sites {site: units, kept, stage,
     shown, coverage}, paths [{nodes, weight}]. A path's weight is the share of the logit that takes it, each step being
     taken for its share of the target's inflow: the last edge's weight times e / Σ|e| of every edge before.

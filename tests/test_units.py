@@ -191,8 +191,6 @@ def test_products_take_the_midpoint_and_say_what_closing_does() -> None:
     masks = masks_of(model, ["stem"], x)
     graph = nadhooks.unit_flow(model, masks, 0, x, estimator=None, **EVERYTHING)
     assert graph.graph["estimator"] == "midpoint"
-    by_default = weights(nadhooks.unit_flow(model, masks, 0, x, **EVERYTHING))
-    assert by_default == pytest.approx(weights(graph), abs=1e-12)
     line = nadhooks.unit_flow(seeded(Line), masks_of(seeded(Line), ["act1"], images()), 0, images(), estimator=None)
     assert line.graph["estimator"] == "gradient"
     with nadhooks.attach(model, ["stem"], example=x) as gates, torch.no_grad():
@@ -204,6 +202,49 @@ def test_products_take_the_midpoint_and_say_what_closing_does() -> None:
     gradient = nadhooks.unit_flow(model, masks, 0, x, estimator="gradient", **EVERYTHING)
     assert gradient.graph["estimator"] == "gradient"
     assert weights(gradient)["stem:0", "output"] != pytest.approx(weights(graph)["stem:0", "output"], abs=1e-6)
+
+
+class Square(nn.Module):
+    """A logit of (a0 + a1)² + 14 a1, and another of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.eye(2))
+            self.b.weight.copy_(torch.tensor([[1.0, 1], [0, 1]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.b(self.a(x))
+        return torch.stack([b[:, 0] ** 2 + 14 * b[:, 1], torch.zeros_like(b[:, 0])], 1)
+
+
+def test_edges_hold_where_the_logit_bends() -> None:
+    model = Square().double()  # b: (3, 2) and (4, 1), which adds 9 + 28 and 16 + 14; half of 2 b0² to first order
+    graph = nadhooks.unit_flow(model, masks_of(model, ["a", "b"], X), 0, X, **EVERYTHING)
+    found = weights(graph)
+    assert found["b:0", "output"] == pytest.approx((9 + 16) / 2)
+    assert found["a:0", "b:0"] == pytest.approx((9 - 4 + 16 - 1) / 2)
+    assert found["a:1", "b:0"] == pytest.approx((9 - 1 + 16 - 9) / 2)
+    assert graph.nodes["b:0"]["attribution"] == pytest.approx((9 + 16) / 2)
+    proof = nadhooks.verify(model, masks_of(model, ["a", "b"], X), graph, X)
+    assert proof.units.said == pytest.approx(proof.units.measured)
+    assert proof.paths.said == pytest.approx(proof.paths.measured)
+    pooled = nadhooks.unit_flow(model, masks_of(model, ["a", "b"], X), 0, X, weighting="pooled", **EVERYTHING)
+    assert weights(pooled)["a:0", "b:0"] == pytest.approx((1 + 3) / 2)
+
+
+def test_where_the_logit_bends_units_are_chosen_by_what_closing_them_did() -> None:
+    model = Square().double()
+    masks = masks_of(model, ["a", "b"], X)
+    graph = nadhooks.unit_flow(model, masks, 0, X, nodes=0.5, edges=1, batch=1)
+    assert {"b:0", "b:1"} & set(graph) == {"b:1"}  # b0 would be 25 to first order, and is 12.5; b1 is 21
+    assert graph.graph["sites"]["b"]["coverage"] == pytest.approx(21 / 33.5)
+    assert weights(graph)["a:1", "b:1"] == pytest.approx(21)
+    whole = nadhooks.unit_flow(model, masks, 0, X, **EVERYTHING)
+    for node in ("a:1", "b:1"):
+        assert graph.nodes[node] == pytest.approx(whole.nodes[node])
+    assert "b:bias" not in graph
 
 
 def test_image_regions_feed_units_and_add_up_to_the_whole_input() -> None:
@@ -220,11 +261,8 @@ def test_image_regions_feed_units_and_add_up_to_the_whole_input() -> None:
     alone = x.clone()
     alone[..., :2, :3] = 0  # region 0,0
     change = (model.act1(model.conv1(x)) - model.act1(model.conv1(alone))).detach()
-    later = model.act1(model.conv1(x)).detach().requires_grad_()
-    model.head(model.act2(model.conv2(later)).mean((2, 3)))[:, 0].sum().backward()
-    assert later.grad is not None
-    expected = float((later.grad * change)[:, 0].sum() / len(x))
-    assert weights(parts)["input:0,0", "act1:0"] == pytest.approx(expected, abs=1e-12)
+    pooled = nadhooks.unit_flow(model, masks, 0, x, regions=(3, 2), weighting="pooled", **EVERYTHING)
+    assert weights(pooled)["input:0,0", "act1:0"] == pytest.approx(float(change[:, 0].mean()), abs=1e-12)
 
 
 def test_batches_and_their_size_change_nothing() -> None:

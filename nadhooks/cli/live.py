@@ -134,8 +134,8 @@ def _units(options: argparse.Namespace) -> None:
         out.print(lines)
         gone = found.removal
         say(
-            f"recall {gone.recall:.3f}; without the strongest {gone.units} units {gone.recall_without_strongest:.3f}, "
-            f"without as many random ones {gone.recall_without_random:.3f}"
+            f"recall {gone.recall:.3f}; without the {gone.units} units that add most "
+            f"{gone.recall_without_strongest:.3f}, without as many random ones {gone.recall_without_random:.3f}"
         )
     say(f"written to {options.out}")
 

@@ -44,7 +44,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Removal:
-    """The strongest units of every site closed at once, against random kept ones, as many of each site.
+    """The units of every site that add most to the logit closed at once, against random kept ones, as many of each.
 
     Shares of images still answered with the class (recall), and the class's mean logit.
     """
@@ -66,7 +66,7 @@ class Verification:
     paths: the same beside the change of the logit when only the target sees that its source is closed (path patching).
     units: the sum of a unit's edges (its outflow) beside the change of the logit when it is closed and everything
         behind follows. regions: the same for regions of the input.
-    sites: the same for all shown units of a site at once. removal: the strongest units against random ones.
+    sites: the same for all shown units of a site at once. removal: the units that add most against random ones.
     """
 
     edges: Agreement
@@ -200,9 +200,9 @@ def _measured(
                 for v in graph.successors(node):
                     if _key(graph, v)[0] == target:
                         yield ("edge", node, v), _counted(found, cut, target, _key(graph, v)[1], change, pooled)
-            yield ("unit", node), float(_closed(found, replay, site, shut, [OUTPUT], free=True)[OUTPUT])
+            yield ("unit", node), float(_closed(found, replay, site, shut, [OUTPUT], free=True)[OUTPUT].sum())
         units = torch.tensor([_key(graph, node)[1] for node in everything[site]])
-        yield ("site", site), float(_closed(found, replay, site, units, [OUTPUT], free=True)[OUTPUT])
+        yield ("site", site), float(_closed(found, replay, site, units, [OUTPUT], free=True)[OUTPUT].sum())
     for u, v in patched:
         (source, number), (target, unit) = _key(graph, u), _key(graph, v)
         change = _closed(found, replay, source, torch.tensor([number]), [target])[target]
@@ -210,7 +210,7 @@ def _measured(
         part = unit_part(found.sites[target], value, unit)
         part -= unit_part(found.sites[target], change, unit)
         after = replay.run(target, value, [OUTPUT], free=True)[OUTPUT]
-        yield ("path", u, v), float(replay.entering[OUTPUT] - after)
+        yield ("path", u, v), float((replay.entering[OUTPUT] - after).sum())
 
 
 def _closed(
@@ -223,7 +223,7 @@ def _closed(
 
 def _counted(found: Setting, cut: Cut, target: str, unit: int, change: Tensor, pooled: bool) -> float:
     if target == OUTPUT:
-        return float(change)
+        return float(change.sum())
     site = found.sites[target]
     part = unit_part(site, change, unit)
     if pooled:
@@ -237,6 +237,7 @@ def _removal(found: Setting, graph: nx.DiGraph, share: float, rounds: int, seed:
     for site, nodes in _sources(graph).items():
         if site != INPUT:
             number = max(1, round(share * int(found.kept[site].sum())))
+            nodes = sorted(nodes, key=lambda node: -graph.nodes[node]["attribution"])
             strongest[site] = torch.tensor([graph.nodes[node]["unit"] for node in nodes[:number]])
     draws = []
     for _ in range(rounds):
