@@ -92,7 +92,8 @@ class _Watched(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[int, tuple[nn.Module, Tensor]] = {}  # by id of the tensor, which is held so that it is unique
+        self.held: list[object] = []  # every tensor that goes by its id here, so that no other gets the same
+        self.made: dict[int, nn.Module] = {}  # {id: the convolution that put it out}
         self.uses: dict[int, int] = defaultdict(int)
         self.taken: dict[int, nn.Module] = {}  # the norm that takes it
         self.fed: dict[nn.Module, set[int]] = defaultdict(set)  # and the other way round
@@ -106,25 +107,28 @@ class _Watched(TorchFunctionMode):
         return found
 
     def made_by(self, conv: nn.Module, args: Any, output: Tensor) -> None:
-        self.made[id(output)] = conv, output
+        self.held.append(output)
+        self.made[id(output)] = conv
 
     def taken_by(self, norm: nn.Module, args: Any) -> None:
         x = args[0] if args else None
+        self.held.append(x)
         self.taken[id(x)] = norm
         self.fed[norm].add(id(x))
 
     def pairs(self) -> dict[Any, set[Any]]:
         """{batch norm: the convolutions that feed it and nothing else}."""
         outputs: dict[nn.Module, list[int]] = defaultdict(list)
-        for key, (conv, _) in self.made.items():
+        for key, conv in self.made.items():
             outputs[conv].append(key)
 
-        def only(conv: nn.Module, norm: nn.Module) -> bool:
-            return all(self.uses[key] == 1 and self.taken.get(key) is norm for key in outputs[conv])
+        def only(conv: Any, norm: Any) -> bool:
+            alone = all(self.uses[key] == 1 and self.taken.get(key) is norm for key in outputs[conv])
+            return alone and conv.out_channels == norm.num_features
 
         found = {}
         for norm, keys in self.fed.items():
-            sources = {self.made[key][0] for key in keys if key in self.made}
+            sources = {self.made[key] for key in keys if key in self.made}
             if keys <= self.made.keys() and all(only(conv, norm) for conv in sources):
                 found[norm] = sources
         return found

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks.fusing import Fused, fused
+from nadhooks.fusing import Fused, _watched, fused
 
 from .nets import images, labelled
 
@@ -108,6 +109,21 @@ def test_what_a_hook_looks_at_stays() -> None:
     model.conv1.register_forward_hook(lambda module, args, output: None)
     model.norm2.register_forward_pre_hook(lambda module, args: None)
     assert names(model, found_in(model, x)) == set()
+
+
+def test_tensors_that_go_by_their_ids_are_held_so_that_no_other_gets_the_same() -> None:
+    taken = []
+
+    class Hooked(Small):
+        def first(self, x: Tensor) -> Tensor:
+            taken.append(weakref.ref(x))
+            return self.norm1(x)
+
+    model = built(Hooked)
+    model.conv1.register_forward_hook(lambda module, args, output: None)  # so its output is not held as one of ours
+    with _watched(model), torch.no_grad():
+        model(images(2))
+        assert taken[0]() is not None
 
 
 def test_norms_of_batches_and_forward_functions_of_others_stay() -> None:

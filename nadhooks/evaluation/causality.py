@@ -85,7 +85,7 @@ def verify(
     *,
     units: int = 16,
     patches: int = 64,
-    share: float = 0.03,
+    share: float = 0.1,
     rounds: int = 5,
     batch: int = 8,
     seed: int = 0,
