@@ -223,7 +223,8 @@ class _Rows:
 
     def of(self, keys: Sequence[Hashable]) -> list[Tensor]:
         rows = torch.tensor([self.places[key] for key in keys], dtype=torch.long)
-        if rows.tolist() == list(range(self.staying, self.staying + len(self.passing))):  # what was put in last
+        last = list(range(self.staying, self.staying + len(self.passing)))
+        if self.passing and rows.tolist() == last:
             found = self.passers
         else:
             found = [_rows(table, passers, rows, self.staying) for table, passers in self._both()]

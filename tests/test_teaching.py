@@ -65,6 +65,16 @@ def test_without_memory_each_step_asks_once() -> None:
         assert passes == [2, 2, 1]  # a batch that comes twice in a row is asked once
 
 
+@pytest.mark.parametrize("capacity", [0, LARGE])
+def test_answers_to_no_images_at_all_are_empty(capacity: int) -> None:
+    model, x = fair_line(), images(3)
+    with teaching(model, "act1", x[:1], capacity) as teacher:
+        answers = teacher.of(x, range(3))
+        assert answers.sites["act1"].shape == (3, 4, 36)
+        teacher.sites.forget_passing()  # as after each step
+        assert answers.take(torch.zeros(3, dtype=torch.bool)).sites["act1"].shape == (0, 4, 36)
+
+
 def test_nothing_is_asked_of_which_nobody_wants_to_know() -> None:
     model, x = fair_line(), images(6)
     with teaching(model, "act1", x[:1]) as teacher:
