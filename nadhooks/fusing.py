@@ -19,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .hooking import running
+
 CONVOLUTIONS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 NORM = nn.BatchNorm2d.forward  # which those of one and three dimensions share
 Norm = nn.modules.batchnorm._BatchNorm
@@ -30,18 +32,18 @@ class Fused:
     def __init__(self, forwards: dict[nn.Module, Callable[..., Tensor]]):
         self.forwards = forwards
         self.depth = 0
+        self.stack = ExitStack()
 
     def __enter__(self) -> None:
         self.depth += 1
         if self.depth == 1:
             for module, forward in self.forwards.items():
-                vars(module)["forward"] = forward
+                self.stack.enter_context(running(module, forward))
 
     def __exit__(self, *error: object) -> None:
         self.depth -= 1
         if self.depth == 0:
-            for module in self.forwards:
-                del vars(module)["forward"]
+            self.stack.close()
 
 
 def fused(model: nn.Module, run: Callable[[], object], channels_last: bool = False) -> Fused:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import SiteError
 from .gating import gate
-from .hooking import on_site
+from .hooking import on_site, running
 from .sites import Site
 
 Score = Callable[[Any], Tensor]  # from what the model puts out to one number, summed over the images
@@ -171,9 +171,7 @@ class Replay:
             self.entering["output"] = self.score(self.model(copy(self.leaving["input"])))
         for name in self._outputs:
             module = self.model.get_submodule(name)
-            before = vars(module).get("forward")
-            vars(module)["forward"] = _Remembered(self, name, module.forward)
-            stack.callback(_put_back, module, before)
+            stack.enter_context(running(module, _Remembered(self, name, module.forward)))
         last = max(self._fired, key=self._fired.__getitem__)
         again = self.run(last, self.leaving[last], ["output"])["output"]
         if not torch.equal(again, self.entering["output"]):  # a module that was called for what it does to its input
@@ -223,13 +221,6 @@ def replaying(model: nn.Module, sites: Sequence[Site], gates: Gated, images: Ten
         replay = Replay(model, sites, gates, images, score)
         replay._start(stack)
         yield replay
-
-
-def _put_back(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del vars(module)["forward"]
-    else:
-        vars(module)["forward"] = forward
 
 
 def _once(site: Site, seen: Mapping[str, Tensor]) -> None:

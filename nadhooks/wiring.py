@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import ModelError
-from .hooking import on_site
+from .hooking import on_site, running
 from .joins import Joined, joined
 from .nesting import leaves_of
 from .sites import Site
@@ -265,8 +265,7 @@ def _layers_run(model: nn.Module, sites: Sequence[Site], around: Around) -> Iter
             layer = model.get_submodule(site.module)
             output = site.side == "output" and site.leaf is site.within is None
             if output and type(layer) in PLAIN and "forward" not in vars(layer):
-                stack.callback(layer.__dict__.pop, "forward", None)
-                layer.__dict__["forward"] = partial(around, site, layer.forward)
+                stack.enter_context(running(layer, partial(around, site, layer.forward)))
         yield
 
 
