@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,15 @@ def by_unit(x: Tensor, site: Site, samples: int) -> Tensor:
         x = x.unflatten(1, inner)
         x = x.transpose(1, 2) if site.alternating else x
     return x.flatten(2) if x.dim() > 2 else x[:, :, None]
+
+
+def from_units(x: Tensor, site: Site, shape: Sequence[int]) -> Tensor:
+    """The inverse of `by_unit`, where neither parts of samples nor alternating units are in the way.
+
+    x: (samples, units, positions). shape: of one sample of the site's tensor.
+    """
+    others = [size for axis, size in enumerate(shape, 1) if axis != site.axis]
+    return x.reshape(len(x), site.units * site.block, *others).movedim(1, site.axis)
 
 
 class UnitMeans:

@@ -253,16 +253,17 @@ class Learner:
     def terms(self, batch: Batch, samples: Samples, table: Table) -> Mapping[str, Tensor]:
         """What the objective gives. Of what the sites put out, only that outlives this which the way back needs."""
         answers = self.teacher.of(batch.inputs, batch.keys)
-        student = self.teacher.forward(batch.inputs, len(batch.keys))
+        student = self.teacher.forward(
+            batch.inputs, len(batch.keys), known=answers.sites if self.teacher.compares else None
+        )
         losses = self.method.objective(student, answers, samples, table)
         self.teacher.sites.forget_passing()
         return terms_of(losses, len(next(iter(table.values()))))
 
     def check(self, losses: Tensor, gradients: Sequence[Tensor], index: int) -> None:
-        finite = torch.stack([losses.isfinite().all(), *(gradient.isfinite().all() for gradient in gradients)])
-        if bool(finite.all()):
+        if bool(torch.cat([losses, *(gradient.flatten() for gradient in gradients)]).isfinite().all()):
             return
-        what = "gradient" if bool(finite[0]) else "loss"
+        what = "gradient" if bool(losses.isfinite().all()) else "loss"
         value = float(losses.detach().sum()) if what == "loss" else float("nan")
         kept = f"; {self.checkpoint.described()}" if self.checkpoint.described() else ""
         raise LearningError(

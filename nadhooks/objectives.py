@@ -75,8 +75,9 @@ def mse(activation: Tensor, teacher: Tensor) -> Tensor:
 
 def relative_mse(activation: Tensor, teacher: Tensor) -> Tensor:
     """`mse` as a share of the teacher's mean square, so that sites of any scale weigh alike."""
-    mean_square = _sum_of_squares(teacher.detach()) / max(1, teacher[:1].numel())
-    return mse(activation, teacher) / mean_square.clamp(min=1e-12)
+    positions = max(1, teacher[:1].numel())
+    distance = cast(Tensor, _SquaredDistance.apply(activation, teacher))
+    return distance / _sum_of_squares(teacher.detach()).clamp(min=1e-12 * positions)
 
 
 class _SquaredDistance(torch.autograd.Function):

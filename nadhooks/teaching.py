@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from .gates import Gates
 from .gating import by_unit
 from .methods import Pass
 from .nesting import flatten, leaves_of
+from .shortcut import Shortcut, shortcut
 from .sites import Site
 from .tracing import call_model, doubled
 
@@ -27,7 +29,8 @@ class Forward:
     read: takes from what the model puts out what objectives are shown. autocast: a dtype to compute in, such as
     torch.bfloat16. overwritten: sites whose tensor a later layer overwrites in place, so that it has to be copied.
     channels_last: images go in that way; convolutions are faster then. by_sample: what `read` gives are tensors with
-    a row for each sample. fused: in force while the model runs, and to be in force on the way back.
+    a row for each sample. fused: in force while the model runs, and to be in force on the way back. shortcut: past what
+    no gate changes, if there is one.
     """
 
     gates: Gates
@@ -38,9 +41,16 @@ class Forward:
     channels_last: bool = False
     by_sample: bool = True
     fused: Fused = field(default_factory=lambda: Fused({}))
+    shortcut: Shortcut | None = None
 
-    def __call__(self, inputs: Any, samples: int, see: Callable[[Site, Tensor], None] | None = None) -> Pass:
-        """`see` is shown the sites' tensors besides, as they pass."""
+    def __call__(
+        self,
+        inputs: Any,
+        samples: int,
+        see: Callable[[Site, Tensor], None] | None = None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> Pass:
+        """see: is shown the sites' tensors besides, as they pass. known: what leaves the open network's sites."""
         if self.channels_last:
             inputs = in_memory_format(inputs, torch.channels_last)
         while True:
@@ -55,7 +65,8 @@ class Forward:
                 seen[site.name] = by_unit(kept, site, samples)  # noqa: B023
 
             enabled = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-            with self.gates.watch(watch), enabled, self.fused:
+            taken = self.shortcut.taken(known[self.shortcut.site.name]) if self.shortcut and known else nullcontext()
+            with self.gates.watch(watch), enabled, self.fused, taken:
                 outputs = self.read(call_model(self.gates.attached(), inputs))
             changed = {name for name, (x, version) in left.items() if x._version != version}
             if not changed:
@@ -73,11 +84,13 @@ class Forward:
             self.channels_last = self._stays(expected, pair, channels_last=True)
             found = fused(self.gates.attached(), lambda: self(pair, 2), self.channels_last)
             self.fused = found if self._stays(expected, pair, fused=found) else self.fused
+            short = shortcut(self.gates.attached(), self.gates.sites[0], lambda: self(pair, 2), 2)
+            self.shortcut = short if short and self._stays(expected, pair, shortcut=short) else None
 
     def _stays(self, expected: Pass, pair: Any, **changes: Any) -> bool:
         """Whether what the model puts out stays the same, but for rounding, with these fields."""
         try:
-            found = replace(self, autocast=None, **changes)(pair, 2)
+            found = replace(self, autocast=None, **changes)(pair, 2, known=expected.sites)
         except RuntimeError:
             return False
         tensors = [[*leaves_of(each.outputs), *each.sites.values()] for each in (expected, found)]
@@ -227,7 +240,9 @@ class _Rows:
         if self.passing and rows.tolist() == last:
             found = self.passers
         else:
-            found = [_rows(table, passers, rows, self.staying) for table, passers in self._both()]
+            late = rows >= self.staying
+            some = bool(late.any())
+            found = [_rows(*both, rows, late if some else None, self.staying) for both in self._both()]
         back = [sorted(range(len(order)), key=lambda axis: order[axis]) for order in self.orders]
         return [x.permute(order) for x, order in zip(found, back, strict=True)]
 
@@ -238,13 +253,12 @@ class _Rows:
         return zip(self.tables, self.passers or [table[:0] for table in self.tables], strict=True)
 
 
-def _rows(table: Tensor, passers: Tensor, rows: Tensor, staying: int) -> Tensor:
-    """Rows of the first `staying` of a table, with others behind them."""
-    rows = rows.to(table.device)
-    late = rows >= staying
-    if not late.any():
-        return table.index_select(0, rows)
+def _rows(table: Tensor, passers: Tensor, rows: Tensor, late: Tensor | None, staying: int) -> Tensor:
+    """Rows of the first `staying` of a table, with others, those that are `late`, behind them."""
+    if late is None:
+        return table.index_select(0, rows.to(table.device))
     found = table.new_empty(len(rows), *table.shape[1:])
+    rows, late = rows.to(table.device), late.to(table.device)
     found[~late], found[late] = table[rows[~late]], passers[rows[late] - staying]
     return found
 

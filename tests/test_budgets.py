@@ -85,6 +85,17 @@ def test_tasks_can_have_shares_of_their_own() -> None:
     assert {name: x.sum(1).tolist() for name, x in by_site.best(SCORES).items()} == {"a": [1, 4], "b": [1, 2]}
 
 
+def test_of_units_with_equal_scores_the_first_are_kept() -> None:
+    scores = {
+        "a": torch.tensor([[0.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]),
+        "b": torch.tensor([[1.0, 0.0], [2.0, 3.0]]),
+    }
+    hard = Selection(Budget(3), sites(), {}).best(scores)
+    assert {name: x.tolist() for name, x in hard.items()} == {"a": [[1, 1, 0, 0], [1, 1, 0, 0]], "b": [[1, 0], [0, 1]]}
+    hard = Selection(Budget(0.5), sites(), {}).at(torch.tensor([2 / 6, 4 / 6])).best(scores)
+    assert {name: x.tolist() for name, x in hard.items()} == {"a": [[0, 1, 0, 0], [1, 1, 1, 0]], "b": [[1, 0], [0, 1]]}
+
+
 @pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, True, False, "x", "0.5", None, float("nan"), float("inf")])
 def test_what_is_no_budget_is_refused(keep: Any) -> None:
     with pytest.raises(NadhooksError, match=r"keep: expected a share above 0 and at most 1 .* or a number of units"):

@@ -32,7 +32,7 @@ FLOORS = [
     {"sites", "methods.estimators"},
     {"hooking", "gating", "budgets", "methods.authors", "methods.fidelity", "methods.baselines"},
     {"methods", "fusing", "formats.mask_file", "comparing", "checkpoints", "progress"},
-    {"masks", "sampling", "ownership"},
+    {"masks", "sampling", "ownership", "shortcut"},
     {"wiring", "identity", "layers", "gated", "acting"},
     {"gates", "flow", "seeing", "segments", "analysis"},
     {"teaching", "evaluation.recognition", "folding", "shrinking"},

@@ -1,0 +1,108 @@
+"""A forward pass that starts at the first site: what reaches it is the same whatever the gates, and known.
+
+The modules before it put out stand-ins of the right shape instead of running, and the site what is known to reach it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gating import from_units
+from .hooking import SiteHook, on_site, running
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What need not run before the first site.
+
+    shape: of one sample's tensor there. before: {module: what it puts out in place of its output, for one sample}.
+    """
+
+    model: nn.Module
+    site: Site
+    shape: torch.Size
+    before: Mapping[nn.Module, Tensor] = field(repr=False)
+
+    @contextmanager
+    def taken(self, known: Tensor) -> Iterator[None]:
+        """`with shortcut.taken(known):` known is (samples, units, positions), what leaves the open site."""
+        samples = len(known)
+        x = from_units(known, self.site, self.shape)
+        with ExitStack() as stack:
+            for module, sample in self.before.items():
+                stack.enter_context(running(module, partial(_put_out, sample.expand(samples, *sample.shape[1:]))))
+            stack.callback(on_site(self.model, self.site, lambda _: x).remove)  # before the gate's own hook
+            yield
+
+
+def _put_out(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
+def shortcut(model: nn.Module, site: Site, run: Callable[[], object], samples: int) -> Shortcut | None:
+    """The modules that are done when the site fires for the first and only time, found in one forward pass of `run`.
+
+    samples: of that pass. The stand-ins are NaN, so that whoever tries the shortcut sees whether anything else uses
+    them. None where there is nothing to spare.
+    """
+    if site.within is not None or site.alternating:
+        return None
+    watched = _Watched(model, site, samples)
+    with watched.watching(), torch.no_grad():
+        run()
+    return watched.found()
+
+
+class _Watched:
+    """Which modules beside the site's are done before it fires."""
+
+    def __init__(self, model: nn.Module, site: Site, samples: int):
+        self.model, self.site, self.samples = model, site, samples
+        self.shapes: list[torch.Size] = []  # of the site's tensors
+        self.calls: Counter[nn.Module] = Counter()
+        self.done: dict[nn.Module, Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        parts = self.site.module.split(".")
+        holding = {".".join(parts[:length]) for length in range(len(parts))}  # "" is the model itself
+        names = [name for name, _ in self.model.named_modules() if name and name.rpartition(".")[0] in holding]
+        with ExitStack() as stack:
+            stack.callback(on_site(self.model, self.site, self.fire).remove)
+            for name in names:
+                module = self.model.get_submodule(name)
+                if name not in holding and not _looked_at(module):
+                    # before `fire`: the site's own module is done when its tensor is there
+                    stack.callback(module.register_forward_hook(self.after, prepend=True).remove)
+            yield
+
+    def fire(self, x: Tensor) -> None:
+        self.shapes.append(x.shape)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.calls[module] += 1
+        if not self.shapes and isinstance(output, Tensor) and output.dim() and len(output) == self.samples:
+            self.done[module] = output.new_full((1, *output.shape[1:]), torch.nan)
+
+    def found(self) -> Shortcut | None:
+        before = {module: x for module, x in self.done.items() if self.calls[module] == 1}
+        if len(self.shapes) != 1 or self.shapes[0][0] != self.samples or not before:
+            return None
+        return Shortcut(self.model, self.site, self.shapes[0][1:], before)
+
+
+def _looked_at(module: nn.Module) -> bool:
+    """Whether hooks that are not ours look at what happens in there."""
+    hooks = (
+        hook for part in module.modules() for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
+    return any(not isinstance(hook, SiteHook) for hook in hooks)
