@@ -121,7 +121,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_logs_every_step(
     options = [*LEARN, *FAST, "--weights", str(weights), "--method", "class-only"]
     assert run(*options, "-o", "whole") == 0
     saving = [*options, "--checkpoint", "run", "--every", "0", "--log", "run.csv", "-o", "resumed"]
-    told = cli.models._learning
+    told = cli.learning._learning
 
     def stopping(update: Update) -> Report:
         def report(progress: Progress) -> None:
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_logs_every_step(
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.models, "_learning", stopping)
+        patch.setattr(cli.learning, "_learning", stopping)
         assert run(*saving) == 130
     assert Path("run").exists()
     assert run(*saving[:-1], "other", "--seed", "1") == 1
@@ -166,7 +166,7 @@ def test_the_bar_shows_loss_share_and_time_left_in_every_round(monkeypatch: pyte
     screen = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(printing, "err", screen)
     with printing.bar("learning") as update:
-        report = cli.models._learning(update)
+        report = cli.learning._learning(update)
         for _ in range(2):
             for step in range(1, 4):
                 report(Progress(step, 4, 0.123, kept=0.55))

@@ -44,7 +44,7 @@ FLOORS = [
     {"evaluation", "demo", "sharing"},
     {"cli.printing", "zoo.check"},
     {"cli.models"},
-    {"cli.files", "cli.live"},
+    {"cli.files", "cli.live", "cli.learning"},
     {"cli"},
     {"zoo.coverage", "zoo.processes"},
     {"__main__", "zoo.__main__", ""},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .._version import __version__
 from ..errors import NadhooksError
-from . import files, live, models
+from . import files, learning, live, models
 from .printing import as_options, err, one_line
 
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    learning.add_commands(command)
     models.add_commands(command)
     live.add_commands(command)
     files.add_commands(command)

@@ -17,8 +17,8 @@ from ..formats import PICTURES, TEXT, WIDTHS, hub
 from ..formats.data import DATA_WRITERS
 from ..masks import Masks, load, merge
 from ..rendering import render
-from .models import HEADINGS, Command, check_writable
-from .printing import AT_LEAST_1, few, out, say, table, task_of
+from .models import Command, check_writable
+from .printing import AT_LEAST_1, HEADINGS, few, out, say, table, task_of
 
 TASKS_SHOWN = 20
 

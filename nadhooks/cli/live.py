@@ -21,7 +21,6 @@ from ..masks import Masks, load
 from ..rendering import render
 from ..units import unit_flow
 from .models import (
-    HEADINGS,
     Command,
     check_writable,
     first,
@@ -30,7 +29,7 @@ from .models import (
     reading,
     transform_of,
 )
-from .printing import AT_LEAST_1, bar, err, number, out, say, table, task_of
+from .printing import AT_LEAST_1, HEADINGS, bar, err, number, out, say, table, task_of
 
 
 def add_commands(command: Command) -> None:

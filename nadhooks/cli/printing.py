@@ -94,6 +94,7 @@ def number(kind: Callable[[str], Any], expected: str, fits: Callable[[Any], bool
     return parsed
 
 
+HEADINGS = {"recall": "recall", "fpr": "false pos.", "auc": "AUC", "fpr95": "false pos. at recall 95%"}  # of measures
 AT_LEAST_1 = number(int, "a number of at least 1", lambda value: value >= 1)
 
 
