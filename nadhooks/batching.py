@@ -17,6 +17,16 @@ def size(inputs: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def forms(inputs: Any) -> tuple[frozenset[Any], ...]:
+    """The shapes of single samples, for each part of the inputs."""
+    return tuple(
+        frozenset({part.shape[1:]})
+        if isinstance(part, Tensor)
+        else frozenset(tuple(x.shape for x in pytree.tree_leaves(sample) if isinstance(x, Tensor)) for sample in part)
+        for part in _parts(inputs)
+    )
+
+
 def pick(inputs: Any, places: Tensor) -> Any:
     """The samples at these places, (n,) indices or (samples,) booleans, in the same form."""
     return _by_part(inputs, lambda part: part[places.to(part.device)], lambda part: [part[i] for i in _whole(places)])

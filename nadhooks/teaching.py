@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batching import in_memory_format, pick
+from .batching import forms, in_memory_format, pick
 from .fusing import Fused, fused
 from .gates import Gates
 from .gating import by_unit
@@ -30,7 +30,7 @@ class Forward:
     torch.bfloat16. overwritten: sites whose tensor a later layer overwrites in place, so that it has to be copied.
     channels_last: images go in that way; convolutions are faster then. by_sample: what `read` gives are tensors with
     a row for each sample. fused: in force while the model runs, and to be in force on the way back. shortcut: past what
-    no gate changes, if there is one.
+    no gate changes, for inputs of the form that it was tried on.
     """
 
     gates: Gates
@@ -42,6 +42,7 @@ class Forward:
     by_sample: bool = True
     fused: Fused = field(default_factory=lambda: Fused({}))
     shortcut: Shortcut | None = None
+    form: Any = None
 
     def __call__(
         self,
@@ -65,36 +66,44 @@ class Forward:
                 seen[site.name] = by_unit(kept, site, samples)  # noqa: B023
 
             enabled = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-            taken = self.shortcut.taken(known[self.shortcut.site.name]) if self.shortcut and known else nullcontext()
-            with self.gates.watch(watch), enabled, self.fused, taken:
+            with self.gates.watch(watch), enabled, self.fused, self._shortened(inputs, known):
                 outputs = self.read(call_model(self.gates.attached(), inputs))
             changed = {name for name, (x, version) in left.items() if x._version != version}
             if not changed:
                 return Pass(_full_precision(outputs), seen)
             self.overwritten |= changed  # found once for each network
 
+    def _shortened(self, inputs: Any, known: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        if self.shortcut is None or known is None or forms(inputs) != self.form:
+            return nullcontext()
+        return self.shortcut.taken(known[self.shortcut.site.name])
+
     def settle(self, sample: Any) -> None:
         """Tries what the model takes, on one sample: some flatten images with `view`, which wants the slower order."""
         pair = doubled(sample)
         with torch.no_grad(), self.gates.everything_open():
-            precise = replace(self, autocast=None)
-            expected = precise(pair, 2)
-            twice, once = _first_axes(expected.outputs), _first_axes(precise(sample, 1).outputs)
+            self.form, precise = forms(sample), replace(self, autocast=None)
+            trials = [(inputs, samples, precise(inputs, samples)) for inputs, samples in ((sample, 1), (pair, 2))]
+            once, twice = (_first_axes(expected.outputs) for _, _, expected in trials)
             self.by_sample = bool(once) and set(once) == {1} and twice == [2] * len(once)
-            self.channels_last = self._stays(expected, pair, channels_last=True)
+            self.channels_last = self._stays(trials, channels_last=True)
             found = fused(self.gates.attached(), lambda: self(pair, 2), self.channels_last)
-            self.fused = found if self._stays(expected, pair, fused=found) else self.fused
+            self.fused = found if self._stays(trials, fused=found) else self.fused
             short = shortcut(self.gates.attached(), self.gates.sites[0], lambda: self(pair, 2), 2)
-            self.shortcut = short if short and self._stays(expected, pair, shortcut=short) else None
+            self.shortcut = short if short and self._stays(trials, shortcut=short) else None
 
-    def _stays(self, expected: Pass, pair: Any, **changes: Any) -> bool:
+    def _stays(self, trials: Sequence[tuple[Any, int, Pass]], **changes: Any) -> bool:
         """Whether what the model puts out stays the same, but for rounding, with these fields."""
-        try:
-            found = replace(self, autocast=None, **changes)(pair, 2, known=expected.sites)
-        except RuntimeError:
-            return False
-        tensors = [[*leaves_of(each.outputs), *each.sites.values()] for each in (expected, found)]
-        return all(_alike(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, Tensor))
+        changed = replace(self, autocast=None, **changes)
+        for inputs, samples, expected in trials:
+            try:
+                found = changed(inputs, samples, known=expected.sites)
+            except RuntimeError:
+                return False
+            tensors = [[*leaves_of(each.outputs), *each.sites.values()] for each in (expected, found)]
+            if not all(_alike(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, Tensor)):
+                return False
+        return True
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from nadhooks.batching import digest, in_memory_format, join, moved, nbytes, pick, singles, size
+from nadhooks.batching import digest, forms, in_memory_format, join, moved, nbytes, pick, singles, size
 
 X = torch.arange(6.0).reshape(3, 2)
 NAMES = ["a", "b", "c"]
@@ -75,3 +75,12 @@ def test_only_images_change_their_order_in_memory() -> None:
     assert images.stride() == (20, 1, 5, 1)  # of one channel too
     assert vectors is X
     assert moved([X, "a"], torch.device("cpu"))[0] is X
+
+
+def test_the_form_of_samples_is_their_shapes_however_many_there_are() -> None:
+    wide, tall = torch.zeros(3, 4, 5), torch.zeros(3, 5, 4)
+    assert forms(X) == forms(X[:1]) != forms(X[:, :1])
+    assert forms((X, wide[None])) == forms((X[:2], wide[None])) != forms((X, tall[None]))
+    assert forms(([wide, wide],)) == forms(([wide],)) != forms(([wide, tall],))
+    assert forms(({"x": X, "n": ["a"]},)) == forms(({"x": X[:2], "n": ["b", "c"]},))
+    assert forms(5) == ()

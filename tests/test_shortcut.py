@@ -201,3 +201,20 @@ def test_learning_finds_the_same_with_and_without(
     assert {*taken} == {short}
     for site in ("second", "third"):
         torch.testing.assert_close(fast[site], slow[site], rtol=0, atol=1e-9)
+
+
+def test_images_of_another_size_go_the_whole_way() -> None:
+    model, x = built(), images(5)
+    wide, narrow = x.repeat(1, 1, 1, 2), x.repeat(1, 1, 2, 1)  # as many positions each
+    with nadhooks.attach(model, ["second", "third"], example=x[:1]) as gates:
+        forward = settled(model, gates)
+        for shown, spared in ((x, {"first", "second.0"}), (wide, set()), (narrow, set())):
+            expected = forward(shown, 5)
+            with Convolutions(model) as ran:
+                found = forward(shown, 5, known=expected.sites)
+            assert ran.seen == {"first", "second.0", "third"} - spared
+            torch.testing.assert_close(found.outputs, expected.outputs, rtol=0, atol=1e-14)
+        forward.settle(wide[:1])
+        with Convolutions(model) as ran:
+            forward(narrow, 5, known=forward(narrow, 5).sites)
+        assert ran.seen == {"first", "second.0", "third"}
