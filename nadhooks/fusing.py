@@ -37,8 +37,7 @@ class Fused:
     def __enter__(self) -> None:
         self.depth += 1
         if self.depth == 1:
-            for module, forward in self.forwards.items():
-                self.stack.enter_context(running(module, forward))
+            self.stack.enter_context(running(self.forwards))
 
     def __exit__(self, *error: object) -> None:
         self.depth -= 1

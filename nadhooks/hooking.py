@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -106,14 +106,16 @@ def on_site(model: nn.Module, site: Site, change: Change, active: Callable[[], b
 
 
 @contextmanager
-def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the module runs by this function; afterwards by what it ran by before."""
-    before = vars(module).get("forward")  # None where it is its class's
-    vars(module)["forward"] = forward
+def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these modules run by other functions; afterwards by what they ran by before."""
+    before = {module: vars(module).get("forward") for module in forwards}  # None where it is its class's
     try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
         yield
     finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
+        for module, own in before.items():
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = own

@@ -169,9 +169,9 @@ class Replay:
         with ExitStack() as recording, torch.no_grad():
             self._watch_modules(recording)
             self.entering["output"] = self.score(self.model(copy(self.leaving["input"])))
-        for name in self._outputs:
-            module = self.model.get_submodule(name)
-            stack.enter_context(running(module, _Remembered(self, name, module.forward)))
+        kept = {name: self.model.get_submodule(name) for name in self._outputs}
+        forwards = {module: _Remembered(self, name, module.forward) for name, module in kept.items()}
+        stack.enter_context(running(forwards))
         last = max(self._fired, key=self._fired.__getitem__)
         again = self.run(last, self.leaving[last], ["output"])["output"]
         if not torch.equal(again, self.entering["output"]):  # a module that was called for what it does to its input

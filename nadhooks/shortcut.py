@@ -37,11 +37,13 @@ class Shortcut:
         """`with shortcut.taken(known):` known is (samples, units, positions), what leaves the open site."""
         samples = len(known)
         x = from_units(known, self.site, self.shape)
-        with ExitStack() as stack:
-            for module, sample in self.before.items():
-                stack.enter_context(running(module, partial(_put_out, sample.expand(samples, *sample.shape[1:]))))
-            stack.callback(on_site(self.model, self.site, lambda _: x).remove)  # before the gate's own hook
-            yield
+        stand_ins = {module: one.expand(samples, *one.shape[1:]) for module, one in self.before.items()}
+        handle = on_site(self.model, self.site, lambda _: x)  # before the gate's own hook
+        try:
+            with running({module: partial(_put_out, stand_in) for module, stand_in in stand_ins.items()}):
+                yield
+        finally:
+            handle.remove()
 
 
 def _put_out(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

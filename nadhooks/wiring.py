@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -257,16 +257,15 @@ def _hooked(model: nn.Module, sites: Sequence[Site], change: Callable[[Site, Ten
         yield
 
 
-@contextmanager
-def _layers_run(model: nn.Module, sites: Sequence[Site], around: Around) -> Iterator[None]:
+def _layers_run(model: nn.Module, sites: Sequence[Site], around: Around) -> AbstractContextManager[None]:
     """Inside, `around(site, forward, input)` stands for each `forward(input)` of the layers that are sites."""
-    with ExitStack() as stack:
-        for site in sites:
-            layer = model.get_submodule(site.module)
-            output = site.side == "output" and site.leaf is site.within is None
-            if output and type(layer) in PLAIN and "forward" not in vars(layer):
-                stack.enter_context(running(layer, partial(around, site, layer.forward)))
-        yield
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for site in sites:
+        layer = model.get_submodule(site.module)
+        output = site.side == "output" and site.leaf is site.within is None
+        if output and type(layer) in PLAIN and "forward" not in vars(layer):
+            forwards[layer] = partial(around, site, layer.forward)
+    return running(forwards)
 
 
 def _on_meta(model: nn.Module) -> bool:
