@@ -125,6 +125,7 @@ class Teacher:
         self.outputs, self.sites = _Rows(capacity // 8), _Rows(capacity - capacity // 8)
         self.names = [site.name for site in forward.gates.sites]
         self.last: list[Hashable] = []  # keys of the last step
+        self.again = False  # whether an input has ever come again
         self.rebuild: Callable[[list[Any]], Any] = list
 
     def of(self, inputs: Any, keys: Sequence[Hashable]) -> Pass:
@@ -150,12 +151,18 @@ class Teacher:
             if not (self.outputs.full and (self.sites.full or not self.compares)):
                 self.look_up(inputs, keys, self.outputs)
 
+    def forget_unused(self) -> None:
+        """Gives memory back where no input has come again, such as with crops at random: none will."""
+        if not self.again:
+            self.outputs, self.sites = _Rows(0), _Rows(0)
+
     def _turn_to(self, keys: Sequence[Hashable]) -> None:
         """What did not fit is forgotten after its step, or the last bits would depend on where a run went on."""
         if list(keys) != self.last:
             self.last = list(keys)
             self.outputs.forget_passing()
             self.sites.forget_passing()
+        self.again |= any(key in self.outputs.places for key in keys)
 
     def _run(self, inputs: Any, samples: int, see: Callable[[Site, Tensor], None] | None = None) -> Pass:
         with torch.no_grad(), self.forward.gates.everything_open():

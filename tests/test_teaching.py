@@ -38,6 +38,20 @@ def counted(model: nn.Module) -> list[int]:
 # --- what it remembers ---
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_memory_is_given_back_where_no_image_comes_again(again: bool) -> None:
+    model, x = fair_line(), images(6)
+    with teaching(model, ["act1", "act2"], x[:1]) as teacher:
+        teacher.of(x[:3], [0, 1, 2]).outputs  # noqa: B018
+        teacher.of(x[3:], [3, 4, 1 if again else 5]).outputs  # noqa: B018
+        teacher.forget_unused()
+        assert bool(teacher.outputs.tables) is bool(teacher.sites.tables) is again
+        answers = teacher.of(x, range(6))
+        torch.testing.assert_close(answers.outputs, model(x).detach(), rtol=0, atol=1e-14)
+        assert answers.sites["act1"].shape == (6, 4, 36)
+        assert teacher.outputs.staying == (6 if again else 0)
+
+
 def test_with_memory_enough_each_image_is_asked_once() -> None:
     model, x = fair_line(), images(6)
     with teaching(model, ["act1", "act2"], x[:1]) as teacher:
@@ -131,6 +145,35 @@ def test_memory_changes_no_mask(method: methods.Method, cache: int) -> None:
     )
     for site in ("act1", "act2"):
         torch.testing.assert_close(masks[site], expected[site], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("crops", [True, False])
+def test_the_papers_method_remembers_nothing_of_images_that_always_change(
+    crops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fair_line()
+    data = labelled(model, images(40))
+
+    class Loader:
+        def __len__(self) -> int:
+            return len(data)
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for x, labels in data:
+                yield x + crops * 1e-3 * torch.randn(x.shape, dtype=x.dtype), labels
+
+    remembered: dict[int, int] = {}
+    of = Teacher.of
+
+    def spy(self: Teacher, inputs: Any, keys: Any) -> Any:
+        remembered[len(remembered)] = self.outputs.staying
+        return of(self, inputs, keys)
+
+    monkeypatch.setattr(Teacher, "of", spy)
+    nadhooks.learn(model, Loader(), "act1", method=methods.nad(epochs=4), tasks=[0])
+    steps = len(remembered)
+    assert remembered[steps // 4] > 0
+    assert (remembered[steps - 1] == 0) is crops
 
 
 def test_equal_images_share_an_answer_in_the_papers_method() -> None:
