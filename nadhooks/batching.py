@@ -48,7 +48,10 @@ def join(batches: Sequence[Any]) -> Any:
 
 def singles(inputs: Any, samples: int) -> list[Any]:
     """Every sample as a batch of its own, in memory of its own: a view would keep its whole batch."""
-    return [pick(inputs, torch.tensor([place])) for place in range(samples)]
+    return [
+        _by_part(inputs, lambda part: part[place : place + 1].clone(), lambda part: part[place : place + 1])  # noqa: B023
+        for place in range(samples)
+    ]
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
@@ -76,7 +79,7 @@ def digest(inputs: Any) -> bytes:
         if isinstance(leaf, Tensor):
             known.update(str(leaf.shape).encode())
             plain = leaf.detach().cpu().contiguous().reshape(-1)
-            known.update(plain.view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
+            known.update(plain.view(torch.uint8).numpy())  # numpy knows no bfloat16
         else:
             known.update(repr(leaf).encode())
     return known.digest()
