@@ -79,7 +79,7 @@ def digest(inputs: Any) -> bytes:
         if isinstance(leaf, Tensor):
             known.update(str(leaf.shape).encode())
             plain = leaf.detach().cpu().contiguous().reshape(-1)
-            known.update(plain.view(torch.uint8).numpy())  # numpy knows no bfloat16
+            known.update(plain.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
         else:
             known.update(repr(leaf).encode())
     return known.digest()
