@@ -75,7 +75,7 @@ def nbytes(inputs: Any) -> int:
 def digest(inputs: Any) -> bytes:
     """What a sample is known by again: a hash of its tensors."""
     known = hashlib.blake2b(digest_size=16)
-    for leaf in pytree.tree_leaves(inputs):
+    for leaf in [inputs] if isinstance(inputs, Tensor) else pytree.tree_leaves(inputs):
         if isinstance(leaf, Tensor):
             known.update(str(leaf.shape).encode())
             plain = leaf.detach().cpu().contiguous().reshape(-1)

@@ -251,14 +251,17 @@ class _Rows:
         self.full |= fit < len(new)
 
     def of(self, keys: Sequence[Hashable]) -> list[Tensor]:
-        rows = torch.tensor([self.places[key] for key in keys], dtype=torch.long)
-        last = list(range(self.staying, self.staying + len(self.passing)))
-        if self.passing and rows.tolist() == last:
-            found = self.passers
-        else:
+        places = [self.places[key] for key in keys]
+        first, end = (places[0], places[0] + len(places)) if places else (0, 0)
+        if places != list(range(first, end)) or first < self.staying < end:
+            rows = torch.tensor(places, dtype=torch.long)
             late = rows >= self.staying
             some = bool(late.any())
             found = [_rows(*both, rows, late if some else None, self.staying) for both in self._both()]
+        elif end <= self.staying:  # as they were put in: no copy; rows stay as they are, whatever is written behind
+            found = [table.data[first:end] for table in self.tables]
+        else:
+            found = [passers[first - self.staying : end - self.staying] for passers in self.passers]
         back = [sorted(range(len(order)), key=lambda axis: order[axis]) for order in self.orders]
         return [x.permute(order) for x, order in zip(found, back, strict=True)]
 
