@@ -340,7 +340,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
                     markersize=4, linewidth=2 if method == "contrastive" else 1.2,
                     label=method if closed == "mean" else None,
                 )  # fmt: skip
-        panel.set(title=name, xlabel="share of units kept", ylim=(0.4, 1.01))
+        panel.set(title=name, xlabel="share of units kept", ylim=(0.38, 1.01))
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("AUC, class against the rest")
     axes[0][-1].plot([], [], "k--", linewidth=1.2, label="closed to zero, not mean")
