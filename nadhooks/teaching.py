@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .batching import forms, in_memory_format, pick
 from .fusing import Fused, fused
@@ -89,7 +90,9 @@ class Forward:
             self.channels_last = self._stays(trials, channels_last=True)
             found = fused(self.gates.attached(), lambda: self(pair, 2), self.channels_last)
             self.fused = found if self._stays(trials, fused=found) else self.fused
-            short = shortcut(self.gates.attached(), self.gates.sites[0], lambda: self(pair, 2), 2)
+            # what a module keeps for others to read, not only what it puts out, has to be seen to be another's
+            other = pytree.tree_map_only(Tensor, lambda x: x / 2 if x.is_floating_point() else x, pair)
+            short = shortcut(self.gates.attached(), self.gates.sites[0], lambda: self(other, 2), 2)
             self.shortcut = short if short and self._stays(trials, shortcut=short) else None
 
     def _stays(self, trials: Sequence[tuple[Any, int, Pass]], **changes: Any) -> bool:

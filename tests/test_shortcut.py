@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,6 +50,30 @@ class BesideInput(Stem):
 class InPlace(Stem):
     def between(self, y: Tensor) -> Tensor:
         return F.relu(y, inplace=True)
+
+
+class Keeps(nn.Conv2d):
+    kept: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+class Reads(Stem):
+    """What the first layer has kept is read behind the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Keeps(2, 4, 3, padding=1)
+
+    def behind(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return z + cast(Keeps, self.first).kept.mean((1, 2, 3), keepdim=True)
+
+
+class ReadsMean(Reads):
+    def behind(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return z + cast(Keeps, self.first).kept.mean()
 
 
 class Again(Stem):
@@ -115,7 +139,7 @@ def test_what_leads_to_the_first_site_does_not_run_again(sites: list[str], spare
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", [Beside, InPlace])
+@pytest.mark.parametrize("kind", [Beside, InPlace, Reads, ReadsMean])
 def test_where_something_else_uses_what_comes_before_everything_runs(kind: Callable[[], nn.Module]) -> None:
     model = built(kind)
     with nadhooks.attach(model, ["second", "third"], example=images(1)) as gates:
