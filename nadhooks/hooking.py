@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -103,6 +103,13 @@ def on_site(model: nn.Module, site: Site, change: Change, active: Callable[[], b
     if site.side == "input":
         return Handle(module.register_forward_pre_hook(hook, with_kwargs=True))
     return Handle(module.register_forward_hook(cast(Any, hook), prepend=True))
+
+
+def beside(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Module]:
+    """{name: module} the sites' modules, those that hold them, and whatever stands beside one of these."""
+    parts = [site.module.split(".") for site in sites]
+    holding = {".".join(names[:length]) for names in parts for length in range(len(names))}  # "" is the model itself
+    return {name: module for name, module in model.named_modules() if name and name.rpartition(".")[0] in holding}
 
 
 @contextmanager

@@ -224,7 +224,7 @@ class Learner:
         samples = 0
         for index, batch in enumerate(batches):
             samples += len(batch.keys)
-            if method.sampling == "own" and batch.done * method.epochs > 2 * batch.total > 0:  # in the third epoch
+            if method.sampling == "own" and batch.done * method.epochs > 2 * batch.total > 0:  # two epochs are over
                 self.teacher.forget_unused()
             if index < begun:  # done before the run was stopped; what the open network remembered belongs to it
                 self.teacher.remember(batch.inputs, batch.keys)

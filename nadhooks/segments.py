@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import SiteError
 from .gating import gate
-from .hooking import on_site, running
+from .hooking import beside, on_site, running
 from .sites import Site
 
 Score = Callable[[Any], Tensor]  # from what the model puts out to one number, summed over the images
@@ -179,10 +179,6 @@ class Replay:
 
     def _watch_modules(self, stack: ExitStack) -> None:
         """Remembers what those modules put out that have a site beside them, and are called once."""
-        holding = {""}
-        for site in self._sites.values():
-            parts = site.module.split(".")
-            holding.update(".".join(parts[:length]) for length in range(len(parts)))
         calls: dict[str, int] = {}
 
         def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -195,11 +191,10 @@ class Replay:
                 self._outputs.pop(name, None)
 
         sites = {site.module for site in self._sites.values() if site.side == "output"}
-        for name, module in self.model.named_modules():
-            if name and name.rpartition(".")[0] in holding:
-                # of a site's own module what it gave, before the site's hook, not what left the site
-                handle = module.register_forward_hook(partial(after, name), prepend=name in sites)
-                stack.callback(handle.remove)
+        for name, module in beside(self.model, self._sites.values()).items():
+            # of a site's own module what it gave, before the site's hook, not what left the site
+            handle = module.register_forward_hook(partial(after, name), prepend=name in sites)
+            stack.callback(handle.remove)
 
 
 class _Remembered:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .gating import from_units
-from .hooking import SiteHook, on_site, running
+from .hooking import SiteHook, beside, on_site, running
 from .sites import Site
 
 
@@ -75,15 +75,11 @@ class _Watched:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        parts = self.site.module.split(".")
-        holding = {".".join(parts[:length]) for length in range(len(parts))}  # "" is the model itself
-        names = [name for name, _ in self.model.named_modules() if name and name.rpartition(".")[0] in holding]
         with ExitStack() as stack:
             stack.callback(on_site(self.model, self.site, self.fire).remove)
-            for name in names:
-                module = self.model.get_submodule(name)
-                if name not in holding and not _looked_at(module):
-                    # before `fire`: the site's own module is done when its tensor is there
+            for module in beside(self.model, [self.site]).values():
+                if not _looked_at(module):
+                    # before `fire`: the site's own module is done when its tensor is there, those that hold it are not
                     stack.callback(module.register_forward_hook(self.after, prepend=True).remove)
             yield
 

@@ -155,8 +155,8 @@ class Teacher:
                 self.look_up(inputs, keys, self.outputs)
 
     def forget_unused(self) -> None:
-        """Gives memory back where no input has come again, such as with crops at random: none will."""
-        if not self.again:
+        """Gives memory back, once, where no input has come again, such as with crops at random: none will."""
+        if not self.again and self.outputs.room:
             self.outputs, self.sites = _Rows(0), _Rows(0)
 
     def _turn_to(self, keys: Sequence[Hashable]) -> None:
