@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +17,16 @@ from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
 KEY = "nadhooks-run"
-VERSION = 1
+VERSION = 2
 
-Table = Mapping[str, Tensor]
+Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 
 
 class Stand(NamedTuple):
-    """How far a phase is: scores and the update's memory before that step, counted from 0; finished if it is -1."""
+    """How far a phase is: what is learnt, and its updates' memory, before that step, counted from 0; -1 is finished."""
 
     step: int
-    scores: dict[str, Tensor]
-    state: dict[str, Tensor]
+    tables: dict[str, dict[str, Tensor]]
 
 
 class Checkpoint:
@@ -49,28 +48,30 @@ class Checkpoint:
             self._check(self.path)
             self.phases = self._read(self.path) if self.path.exists() else []
 
-    def begin(self, scores: Table) -> Stand:
+    def begin(self, tables: Tables) -> Stand:
         """The next phase: from its first step on, or where it stood."""
         self.phase += 1
         if self.phase < len(self.phases):
             stand = self.phases[self.phase]
-            shapes = [{name: x.shape for name, x in part.items()} for part in (stand.scores, scores)]
+            shapes = [
+                {(part, name): x.shape for part in tables for name, x in found.get(part, {}).items()}
+                for found in (stand.tables, tables)
+            ]
             if shapes[0] != shapes[1]:
                 raise LearningError(
                     f"{self.path} is the checkpoint of another run, of other tasks; delete it to begin anew, or name "
                     "another file"
                 )
-            device = next(iter(scores.values())).device
-            moved = [{name: x.to(device) for name, x in part.items()} for part in (stand.scores, stand.state)]
-            return Stand(stand.step, *moved)
-        self.phases.append(Stand(0, dict(scores), {}))
-        return self.phases[-1]
+            device = next(x.device for table in tables.values() for x in table.values())
+            return Stand(stand.step, _each(stand.tables, lambda x: x.to(device)))
+        self.phases.append(Stand(0, _each(tables)))
+        return Stand(0, _each(tables))
 
-    def note(self, index: int, scores: Table, state: Table) -> None:
+    def note(self, index: int, tables: Tables) -> None:
         """After so many steps of the phase; -1 when it is finished. Writes if it is time to."""
         if self.path is None:
             return
-        self.phases[self.phase] = Stand(index, dict(scores), {} if index < 0 else dict(state))
+        self.phases[self.phase] = Stand(index, _each(tables))
         if time.monotonic() - self.written >= self.every:
             self.write()
 
@@ -80,7 +81,7 @@ class Checkpoint:
         tensors = {
             f"{number}/{part}/{name}": x.detach().cpu().contiguous()
             for number, stand in enumerate(self.phases)
-            for part, table in (("scores", stand.scores), ("state", stand.state))
+            for part, table in stand.tables.items()
             for name, x in table.items()
         }
         steps = [stand.step for stand in self.phases]
@@ -114,10 +115,10 @@ class Checkpoint:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 told = json.loads((file.metadata() or {})[KEY])
                 steps: list[int] = told["steps"]
-                phases = [Stand(index, {}, {}) for index in steps]
+                phases = [Stand(index, {}) for index in steps]
                 for key in file.keys():  # noqa: SIM118  # it is no mapping
                     number, part, name = key.split("/", 2)
-                    getattr(phases[int(number)], part)[name] = file.get_tensor(key)
+                    phases[int(number)].tables.setdefault(part, {})[name] = file.get_tensor(key)
         except Exception as error:  # of many kinds
             raise LearningError(f"{path} is not a checkpoint of nadhooks: {error}; name another file") from error
         found: dict[str, Any] = told["run"]
@@ -129,6 +130,10 @@ class Checkpoint:
                 f"{_short(self.run.get(name))}; delete it to begin anew, or name another file"
             )
         return phases
+
+
+def _each(tables: Tables, change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, dict[str, Tensor]]:
+    return {part: {name: change(x) for name, x in table.items()} for part, table in tables.items()}
 
 
 def _short(value: object) -> str:

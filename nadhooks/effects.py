@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
-from .gating import by_unit, gate, unit_sums
+from .gating import Closed, by_unit, gate, unit_sums
 from .masks import Masks
 from .segments import Cut, Gated, Score, replaying
 from .sites import Site
@@ -22,7 +22,6 @@ from .tracing import frozen, logits_of
 from .wiring import INPUT, OUTPUT
 
 Weighting = Literal["class", "pooled"]
-Reference = Literal["zero", "mean"]
 Estimator = Literal["gradient", "midpoint"]
 Edge = tuple[str, str]
 
@@ -155,7 +154,7 @@ def setting(
     masks: Masks,
     task: object,
     images: Tensor,
-    reference: Reference | None,
+    reference: Closed | None,
     regions: int | tuple[int, int],
     batch: int,
 ) -> Iterator[Setting]:
@@ -164,8 +163,8 @@ def setting(
         raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
     if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
         raise DataError("expected images of the task as a floating-point tensor (images, channels, height, width)")
-    if reference not in (None, "zero", "mean"):
-        raise NadhooksError(f"reference: expected 'zero' or 'mean', got {reference!r}")
+    if reference not in (None, "zero", "mean", masks.closed):
+        raise NadhooksError(f"reference: expected 'zero', 'mean' or what closed units put out, got {reference!r}")
     chosen = masks.select(task).hard()
     if len(chosen) != 1:
         raise TaskError(f"expected one task, got {len(chosen)}; draw one graph for each")
@@ -178,8 +177,8 @@ def setting(
         sites = {site.name: site for site in attached.sites}
         wiring = nx.DiGraph(attached.wiring)  # with joins, and with what the masks know that one image does not show
         wiring.add_edges_from(edge for edge in masks.wiring.edges(data=True) if not wiring.has_edge(*edge[:2]))
-    means = {name: mean.to(device) for name, mean in chosen.means.items()}
-    gates = {name: (chosen[name].to(device), means[name] if chosen.closed == "mean" else None) for name in sites}
+    known = {name: values[0].to(device) for name in sites if (values := chosen.closed_values(name)) is not None}
+    gates = {name: (chosen[name].to(device), known.get(name)) for name in sites}
     with frozen(model), torch.inference_mode(False):
         found = Setting(
             model, sites, wiring, gates, {name: chosen[name][0] > 0.5 for name in sites}, {},
@@ -190,8 +189,8 @@ def setting(
             outputs = logits_of(model(images[:1])).shape[1]
         if found.label >= outputs:
             raise TaskError(f"task {chosen.tasks[0]} is not an output of the model, which has 0 to {outputs - 1}")
-        known = means if chosen.closed == "mean" else None
-        yield _with_references(found, reference or chosen.closed, known)
+        reference = reference or chosen.closed
+        yield _with_references(found, reference, known if reference == chosen.closed else None)
 
 
 def _label(masks: Masks) -> int:
@@ -201,8 +200,8 @@ def _label(masks: Masks) -> int:
     return label
 
 
-def _with_references(found: Setting, reference: str, means: Mapping[str, Tensor] | None) -> Setting:
-    """What a unit is set to: zero, or its mean: the masks' own, or where they have none that over these images."""
+def _with_references(found: Setting, reference: str, known: Mapping[str, Tensor] | None) -> Setting:
+    """What a unit is set to: zero, or what the masks know, or where they do not its mean over these images."""
     first = found.batches[0]
     if reference == "zero":
         references = {name: torch.zeros(site.units, device=first.device) for name, site in found.sites.items()}
@@ -210,7 +209,7 @@ def _with_references(found: Setting, reference: str, means: Mapping[str, Tensor]
     else:
         pixels = torch.cat(found.batches)
         axes = (0, 2, 3) if pixels.dim() == 4 else (0,)
-        references = dict(means) if means is not None else _means(found)
+        references = dict(known) if known is not None else _means(found)
         references[INPUT] = pixels.mean(axes, keepdim=True)[0]
     return Setting(**{**vars(found), "references": references})
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .learner import HELD_OUT_DRAWS, Learner, on_device, terms_of
-from .methods import Table
+from .learner import HELD_OUT_DRAWS, Found, Learner, on_device, terms_of
 from .sampling import SAMPLES_PER_PASS, balanced_batches
 from .teaching import Teacher
 
@@ -18,7 +17,7 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
 REFINED = 2  # shares between the last that is faithful enough and the first that is not
 
 
-def faithful(learner: Learner, bound: float) -> tuple[Table, dict[str, Any]]:
+def faithful(learner: Learner, bound: float) -> tuple[Found, dict[str, Any]]:
     """For each task the fewest units with which its held-out divergence is at most `bound`, and all that was tried.
 
     Masks are learnt at shares from much to little, and then between the smallest that does and the next. A task for
@@ -27,19 +26,20 @@ def faithful(learner: Learner, bound: float) -> tuple[Table, dict[str, Any]]:
     assert learner.selection is not None  # without a budget there is no `fidelity`
     selection = learner.selection
     tasks = len(learner.tasks)
-    best = {name: torch.ones(tasks, x.shape[1]) for name, x in learner.gates.logits.items()}
+    best = learner.everything()
     good, bad = torch.ones(tasks), torch.zeros(tasks)  # the smallest share that does, the next one that does not
     failed = torch.zeros(tasks)  # shares in a row
     shares: list[Tensor] = []
     divergences: list[Tensor] = []
 
     def attempt(share: Tensor) -> None:
-        values = learner.learnt(selection.at(share))
-        found = divergence(learner, values)
+        learnt = learner.learnt(selection.at(share))
+        found = divergence(learner, learnt)
         does = (found <= bound) & (failed < 2)
         better = does & (share < good)
-        for name, value in values.items():
-            best[name] = torch.where(better[:, None], value.to(best[name]), best[name])
+        for mine, other in zip(best, learnt, strict=True):
+            for name, value in other.items():
+                mine[name] = torch.where(better[:, None], value, mine[name])
         good.copy_(torch.where(better, share, good))
         bad.copy_(torch.where(~does & (share < good), torch.maximum(bad, share), bad * (bad < good)))
         failed.copy_(torch.where(does, 0, failed + 1))
@@ -60,7 +60,7 @@ def faithful(learner: Learner, bound: float) -> tuple[Table, dict[str, Any]]:
     return best, curve
 
 
-def divergence(learner: Learner, values: Table) -> Tensor:
+def divergence(learner: Learner, learnt: Found) -> Tensor:
     """(tasks,) how far these gates are from the full network on held-out samples."""
     assert learner.held is not None  # `read` made it
     method = replace(learner.method, **HELD_OUT_DRAWS)
@@ -69,12 +69,15 @@ def divergence(learner: Learner, values: Table) -> Tensor:
     parts = []
     for rows in torch.arange(len(learner.tasks)).split(size):
         tasks = learner.tasks.select(rows.tolist())
-        table = {name: value[rows].to(learner.gates.logits[name]) for name, value in values.items()}
+        table, constants = (
+            {name: value[rows].to(learner.gates.logits[name]) for name, value in part.items()} for part in learnt
+        )
         found = []
         for batch in balanced_batches(learner.held, learner.data, tasks, method, learner.seed):
             moving = on_device(batch.samples, teacher.forward.device)
             answers = teacher.of(batch.inputs, batch.keys)
-            with torch.no_grad(), learner.gates.apply({name: gate[moving.rows] for name, gate in table.items()}):
+            handed = ({name: value[moving.rows] for name, value in part.items()} for part in (table, constants))
+            with torch.no_grad(), learner.gates.apply(*handed):
                 student = teacher.forward(batch.inputs, len(batch.keys))
                 if method.output == "any":
                     terms = terms_of(method.objective(student, answers, moving, table), len(tasks), learns=False)

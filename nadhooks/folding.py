@@ -116,7 +116,10 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
         seen = trace(bare, example)
         sites, _ = find(seen, chosen.sites)
         rows: Rows = {
-            site.name: (chosen[site.name][0], chosen.means[site.name] if chosen.closed == "mean" else None)
+            site.name: (
+                chosen[site.name][0],
+                None if (closed := chosen.closed_values(site.name)) is None else closed[0],
+            )
             for site in sites
         }
         inputs = [example, varied(example)]

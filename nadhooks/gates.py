@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, cast
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple, cast, get_args
 
 import networkx as nx
 import torch
@@ -18,7 +18,7 @@ from ._version import __version__
 from .acting import Passing, SiteGate, forget_compiled, known_open
 from .batching import moved
 from .errors import ModelError, NadhooksError, SiteError, TaskError
-from .gating import Clip, UnitMeans, chosen_units
+from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hooking import Handle, SiteHook, WithinHook, on_site
 from .identity import structure_of, unlike, without_wrappers
 from .masks import Masks
@@ -26,8 +26,6 @@ from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
 from .tracing import Trace, call_model, parameters_behind, trace, undisturbed
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
-
-Closed = Literal["zero", "mean"]
 
 
 def attach(
@@ -45,6 +43,7 @@ def attach(
         list of globs over module names, a callable `(name, module) -> bool`, or the sites of masks.
     tasks: a number K (labels 0..K-1), a sequence of labels, or {label: name}.
     closed: what a closed unit puts out: "zero", or "mean", its average over data that `gates.calibrate` is shown.
+        (The third kind, "optimal", is learnt by `nadhooks.learn` and comes with masks.)
     example: the forward arguments (tensor, tuple or dict) for one dry run; by default made from what timm and
         torchvision models say of their input.
     axis: the axis of the units where it cannot be determined, for all sites or as {glob: axis}.
@@ -79,7 +78,7 @@ class Gates:
     def __init__(
         self, model: nn.Module, sites: Sites | None, tasks: Tasks, closed: Closed, example: Any, axis: Axis | None
     ):
-        check_closed(closed)
+        check_closed(closed, ("zero", "mean"))
         with torch.inference_mode(False):  # logits made there could never learn, and nothing there has wiring
             self._attach(model, sites, tasks, closed, example, axis)
 
@@ -93,7 +92,7 @@ class Gates:
         self.wiring: nx.DiGraph = wire(model, found, example)
         self.sites = self._without_dead_ends(found) if self.chosen_by != GIVEN else found
         self.closed: Closed = closed
-        self.means: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor] = {}  # as those of `Masks`
         self.parameters_behind = _parameters_behind(seen, self.sites)
         self._model_name = f"{type(model).__module__}.{type(model).__qualname__}"
         self._by_name = {site.name: site for site in self.sites}
@@ -116,6 +115,7 @@ class Gates:
         """Nothing is in force."""
         self._rows: Tensor | None = None  # (batch or 1,) rows of the tasks in force
         self._values: Mapping[str, Tensor] | None = None  # gates that were handed over instead
+        self._closed: Mapping[str, Tensor] = {}  # with what their closed units put out, if that was handed over too
         self._shut: dict[str, Tensor] = {}  # site -> (units,) bool
         self._watch: Callable[[Site, Tensor], None] | None = None
         self._ready: _Ready | None = None  # during a forward pass without gradients
@@ -126,7 +126,7 @@ class Gates:
         self._open_all()
 
     def __getstate__(self) -> dict[str, Any]:
-        in_force = ("_rows", "_values", "_shut", "_watch", "_ready")
+        in_force = ("_rows", "_values", "_closed", "_shut", "_watch", "_ready")
         return {name: value for name, value in vars(self).items() if name not in in_force}
 
     def _without_dead_ends(self, found: tuple[Site, ...]) -> tuple[Site, ...]:
@@ -175,23 +175,28 @@ class Gates:
         """
         return _Activation(self, rows=self.task_rows.rows(labels))
 
-    def apply(self, values: Mapping[str, Tensor]) -> _Activation:
+    def apply(self, values: Mapping[str, Tensor], closed: Mapping[str, Tensor] | None = None) -> _Activation:
         """`with gates.apply(values):` uses these gates instead of the logits': {site: (units,) or (batch, units)}.
 
-        For estimators of one's own: gradients flow into `values`. Sites that are not named stay open.
+        For estimators of one's own: gradients flow into `values`. Sites that are not named stay open. closed: what
+        closed units put out meanwhile, in the same form; gradients flow into it, too.
         """
+        handed = [self._handed(values, "gates"), self._handed({} if closed is None else closed, "closed values")]
+        return _Activation(self, None, *handed)
+
+    def _handed(self, values: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         if not isinstance(values, Mapping):
-            raise SiteError(f"expected gates as {{site: tensor}}, got {type(values).__name__}")
+            raise SiteError(f"expected {what} as {{site: tensor}}, got {type(values).__name__}")
         for name, value in values.items():
             site = self._site(name)
             if not isinstance(value, Tensor) or not len(value):
-                raise SiteError(f"{name}: expected a tensor of gates, got {value!r}")
+                raise SiteError(f"{name}: expected a tensor of {what}, got {value!r}")
             if value.dim() not in (1, 2) or value.shape[-1] != site.units:
                 raise SiteError(
-                    f"{name}: expected gates of shape ({site.units},) or (batch, {site.units}), "
+                    f"{name}: expected {what} of shape ({site.units},) or (batch, {site.units}), "
                     f"got {tuple(value.shape)}"
                 )
-        return _Activation(self, values={name: torch.atleast_2d(value) for name, value in values.items()})
+        return {name: torch.atleast_2d(value) for name, value in values.items()}
 
     @contextmanager
     def close(self, site: str, units: int | Iterable[int] | Tensor) -> Iterator[None]:
@@ -240,7 +245,7 @@ class Gates:
 
     def close_to_means(self, means: UnitMeans) -> None:
         """From now on closed units put out these means."""
-        self.means = {name: mean.to(self.logits[name].dtype) for name, mean in means.means().items()}
+        self.constants = {name: mean.to(self.logits[name].dtype) for name, mean in means.means().items()}
         self.closed = "mean"
 
     # --- masks ---
@@ -250,16 +255,26 @@ class Gates:
         values = {name: gates.detach().cpu().clone() for name, gates in self.values().items()}
         return self.masks_of(self.task_rows, values, {"method": "own training loop", "sites": self.chosen_by})
 
-    def masks_of(self, tasks: Tasks, values: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Masks:
-        """Masks of these gates' sites with other tasks and values {site: (tasks, units)}."""
+    def masks_of(
+        self,
+        tasks: Tasks,
+        values: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+        optimal: Mapping[str, Tensor] | None = None,
+    ) -> Masks:
+        """Masks of these gates' sites with other tasks and values {site: (tasks, units)}.
+
+        optimal: {site: (tasks, units)} what closed units put out, where it is not what these gates' do.
+        """
         origin = {
             "model": self._model_name,
             "structure": structure_of(self.sites, self.parameters_behind),
             "parameters_behind": dict(self.parameters_behind),
             "libraries": {"nadhooks": __version__, **zoo.versions()},
         }
-        means = {name: mean.cpu() for name, mean in self.means.items()} if self.closed == "mean" else {}
-        return Masks(self.sites, values, tasks, self.wiring, self.closed, means, origin | dict(provenance))
+        closed: Closed = "optimal" if optimal else self.closed
+        constants = {name: each.cpu() for name, each in (optimal or self.constants).items()}
+        return Masks(self.sites, values, tasks, self.wiring, closed, constants, origin | dict(provenance))
 
     def load(self, masks: Masks, *, strict: bool = True) -> dict[str, str]:
         """Sets every gate to exactly the mask's value, and tasks and closed values to those of the masks.
@@ -290,7 +305,14 @@ class Gates:
                 f"expected masks of the {len(self.task_rows)} tasks that are in force, got {len(masks.tasks)} tasks; "
                 "load them outside of `with gates(...)`"
             )
-        tables = {site.name: masks[site.name] for site in fitting}  # a damaged file is found here, before any change
+        # a damaged file is found here, before any change; units of gates that stay open never put out their constants
+        tables = {site.name: masks[site.name] for site in fitting}
+        tasks = (len(masks),) if masks.closed == "optimal" else ()
+        constants = {
+            site.name: masks.constants[site.name] if site in fitting else torch.zeros(*tasks, site.units)
+            for site in self.sites
+            if masks.closed != "zero"
+        }
         if len(masks.tasks) != len(self.task_rows):
             self._set_tasks(masks.task_rows)
         self.task_rows = masks.task_rows
@@ -298,10 +320,7 @@ class Gates:
             for site in self.sites:
                 logits = self.logits[site.name]
                 logits.copy_(tables[site.name]) if site.name in tables else logits.fill_(1)
-        self.closed = masks.closed
-        # units of gates that stay open never put out their means
-        means = {site.name: masks.means.get(site.name, torch.zeros(site.units)) for site in self.sites}
-        self.means = means if masks.closed == "mean" else {}
+        self.closed, self.constants = masks.closed, constants
         return differ
 
     # --- hooks ---
@@ -362,11 +381,22 @@ class Gates:
             self._shut = shut
 
     def _closed_values(self, site: Site) -> Tensor | None:
+        """What closed units put out, (units,) or (batch or 1, units); None for zero."""
+        if site.name in self._closed:
+            return self._closed[site.name]
         if self.closed == "zero":
             return None
-        if not self.means:
+        if not self.constants:
             raise NadhooksError('closed="mean" needs the units\' means: call gates.calibrate(loader) first')
-        return self.means[site.name]
+        constants = self.constants[site.name]
+        if self.closed == "mean" or len(constants) == 1:
+            return constants
+        if self._rows is None:
+            raise NadhooksError(
+                'closed="optimal": closed units put out something else for each task; close them inside '
+                "`with gates(task)`, or hand over what they put out with gates.apply(values, closed)"
+            )
+        return constants[self._rows.to(constants.device)]
 
     def _site(self, name: str) -> Site:
         if name not in self._by_name:
@@ -383,23 +413,31 @@ class Gates:
 class _Activation:
     """`with gates(...)` and `with gates.apply(...)`: puts gates in force, and back what was in force before."""
 
-    def __init__(self, gates: Gates, rows: Tensor | None = None, values: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self,
+        gates: Gates,
+        rows: Tensor | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        closed: Mapping[str, Tensor] = MappingProxyType({}),
+    ):
         gates.attached()
-        self._gates, self._state = gates, (rows, values)
-        self._before: list[tuple[Tensor | None, Mapping[str, Tensor] | None]] = []
+        self._gates, self._state = gates, (rows, values, closed)
+        self._before: list[tuple[Tensor | None, Mapping[str, Tensor] | None, Mapping[str, Tensor]]] = []
 
     def __enter__(self) -> Gates:
-        self._before.append((self._gates._rows, self._gates._values))
-        self._gates._rows, self._gates._values = self._state
-        return self._gates
+        gates = self._gates
+        self._before.append((gates._rows, gates._values, gates._closed))
+        gates._rows, gates._values, gates._closed = self._state
+        return gates
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._gates._rows, self._gates._values = self._before.pop()
+        self._gates._rows, self._gates._values, self._gates._closed = self._before.pop()
 
 
-def check_closed(closed: str) -> None:
-    if closed not in ("zero", "mean"):
-        raise NadhooksError(f"closed: expected 'zero' or 'mean', got {closed!r}")
+def check_closed(closed: str, kinds: Sequence[str] = get_args(Closed)) -> None:
+    if closed not in kinds:
+        more = "" if closed not in get_args(Closed) else ", which is learnt: by nadhooks.learn with 'contrastive', say"
+        raise NadhooksError(f"closed: expected {' or '.join(map(repr, kinds))}, got {closed!r}{more}")
 
 
 def _dtype_and_device(seen: Trace, site: Site) -> tuple[torch.dtype, torch.device]:

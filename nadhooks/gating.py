@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .errors import NadhooksError, SiteError, TaskError
 from .sites import Site
+
+Closed = Literal["zero", "mean", "optimal"]  # what a closed unit puts out
 
 
 def gate(
@@ -24,7 +26,7 @@ def gate(
     views: bool = False,
     overwrite: bool = False,
 ) -> Tensor:
-    """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed` (units,).
+    """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed`, (units,) or (batch, units).
 
     x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
     unit is `block` positions of `axis`, side by side or `alternating`. Where axis 0 of x is a multiple of the batch,
@@ -32,30 +34,41 @@ def gate(
     has x's dtype: a float32 gate must not promote an output under autocast. overwrite: into x itself, where c is zero.
     An x that is not finite stays so under a gate of 0, as 0·∞ is no number; `with_closed` replaces it.
     """
-    if g.shape[0] not in (1, x.shape[0]):
-        if x.shape[0] % g.shape[0]:
-            raise TaskError(
-                f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
-                "pass one label per sample, or one task for the whole batch"
-            )
-        times = x.shape[0] // g.shape[0]
-        g = g.repeat(times, 1) if views else g.repeat_interleave(times, 0)
-    g = _spread(g, x, axis, block, alternating)  # (batch or 1, 1, …, positions, …, 1)
+    if x.shape[0] % g.shape[0]:
+        raise TaskError(
+            f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
+            "pass one label per sample, or one task for the whole batch"
+        )
+    g = _spread(g, x, axis, block, alternating, views)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return x.mul_(g) if overwrite else g * x
-    return torch.addcmul((1 - g) * _spread(closed[None], x, axis, block, alternating), g, x)  # one pass over x
+    return torch.addcmul((1 - g) * _spread(closed, x, axis, block, alternating, views), g, x)  # one pass over x
 
 
 def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = None) -> Tensor:
-    """x, and in place of these units (a (units,) boolean tensor) zero or `closed` (units,), whatever they hold."""
-    there = _spread(units[None], x, site.axis, site.block, site.alternating, torch.bool)
-    what = 0 if closed is None else _spread(closed[None], x, site.axis, site.block, site.alternating)
+    """x, and in place of these units (a (units,) boolean tensor) zero or `closed`, whatever they hold.
+
+    closed: as for `gate`.
+    """
+    there = _spread(units, x, site.axis, site.block, site.alternating, dtype=torch.bool)
+    what = 0 if closed is None else _spread(closed, x, site.axis, site.block, site.alternating, site.views)
     return torch.where(there, what, x)
 
 
 def _spread(
-    rows: Tensor, x: Tensor, axis: int, block: int, alternating: bool, dtype: torch.dtype | None = None
+    rows: Tensor,
+    x: Tensor,
+    axis: int,
+    block: int,
+    alternating: bool,
+    views: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """(units,) or (batch or 1, units) in the shape of x, of size 1 where all are alike."""
+    rows = torch.atleast_2d(rows)
+    if len(rows) > 1 and len(rows) != x.shape[0]:
+        times = x.shape[0] // len(rows)
+        rows = rows.repeat(times, 1) if views else rows.repeat_interleave(times, 0)
     rows = positions(rows.to(device=x.device, dtype=dtype or x.dtype), block, alternating)
     shape = [1] * x.dim()
     shape[0], shape[axis] = rows.shape
@@ -129,14 +142,17 @@ def from_units(x: Tensor, site: Site, shape: Sequence[int]) -> Tensor:
 
 
 class UnitMeans:
-    """Each unit's mean over all samples and positions that were added."""
+    """Each unit's mean over all samples and positions that were added, and if asked for its standard deviation."""
 
-    def __init__(self, sites: Iterable[Site]):
+    def __init__(self, sites: Iterable[Site], deviations: bool = False):
         self.sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
+        self.squares = {name: x.clone() for name, x in self.sums.items()} if deviations else {}
         self.counts = dict.fromkeys(self.sums, 0)
 
     def add(self, site: Site, x: Tensor) -> None:
         self.sums[site.name] += unit_sums(x, site).cpu()
+        if self.squares:
+            self.squares[site.name] += unit_sums(x.detach().square(), site).cpu()
         self.counts[site.name] += x.numel() // site.units
 
     def means(self) -> dict[str, Tensor]:
@@ -144,6 +160,14 @@ class UnitMeans:
         if not all(self.counts.values()):
             raise NadhooksError("expected at least one batch to take the units' means from, got none")
         return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def deviations(self) -> dict[str, Tensor]:
+        """{site: (units,)} in float64, where they were asked for."""
+        means = self.means()
+        return {
+            name: (total / self.counts[name] - means[name].square()).clamp(min=0).sqrt()
+            for name, total in self.squares.items()
+        }
 
 
 def unit_sums(x: Tensor, site: Site) -> Tensor:

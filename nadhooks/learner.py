@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from .budgets import Selection
 from .checkpoints import Checkpoint
 from .errors import LearningError
 from .evaluation.recognition import quality, recognition
-from .gates import Closed, Gates
-from .gating import UnitMeans
+from .gates import Gates
+from .gating import Closed, UnitMeans
 from .identity import without_wrappers
 from .masks import Masks, check_same_sites
 from .methods import Method, Samples, Step, Table, method_of
@@ -30,6 +30,27 @@ HELD_OUT = 5  # of each so many samples one is held out where fidelity is asked 
 HELD_OUT_DRAWS: dict[str, Any] = {"steps": 4, "positives": 8, "negatives": 8, "images": None}
 SEVERAL = 0.3  # where tasks keep different shares, all take the steps of this one: each for itself, whatever the others
 WARM = 3.0  # scores of a warm start run from minus this to this; a step of ours moves them by about 1
+
+
+class Learnt(NamedTuple):
+    """What a run learns, {site: (tasks, units)} each.
+
+    offsets: how far what closed units put out is from their means, in their standard deviations; empty where that is
+    not learnt.
+    """
+
+    scores: Table
+    offsets: Table
+
+
+class Found(NamedTuple):
+    """What that comes to, on the CPU, {site: (tasks, units)} each: gates, and what closed units put out.
+
+    constants: empty where they are not learnt.
+    """
+
+    gates: Table
+    constants: Table
 
 
 @dataclass
@@ -51,6 +72,7 @@ class Learner:
     pool: Pool | None = None  # samples in memory, for balanced draws
     held: Pool | None = None  # others, that fidelity is measured on
     first: Table | None = None  # scores of a warm start
+    deviations: Table = field(default_factory=dict)  # {site: (units,)} of what leaves the open network's sites
     told_at: int = 0  # how many tenths of the run were over when held-out samples were last measured
 
     def __post_init__(self) -> None:
@@ -60,7 +82,7 @@ class Learner:
 
     def read(self, given: Tasks | None, fidelity: float | None) -> None:
         """The tasks, and what has to be known of the data before the first step."""
-        means = UnitMeans(self.gates.sites) if self.closed == "mean" else None
+        means = None if self.closed == "zero" else UnitMeans(self.gates.sites, self.closed == "optimal")
         if self.method.sampling == "own":
             if isinstance(self.data.loader, Iterator):
                 raise LearningError(
@@ -88,6 +110,7 @@ class Learner:
             self.teacher.ask(batch.inputs, places.tolist(), means.add if means else None)
         if means:
             self.gates.close_to_means(means)
+            self.deviations = {name: x.to(self.gates.logits[name]) for name, x in means.deviations().items()}
 
     def check_held_out(self) -> None:
         """Whether there is what will be measured; later would be too late."""
@@ -131,24 +154,36 @@ class Learner:
                     f"start: {method.name!r} takes outputs for {method.output!r} and {self.method.name!r} for "
                     f"{self.method.output!r}; pass one that has the same output="
                 )
-            found = replace(self, asked=method, reports=[], first=None)
+            found = replace(self, asked=method, reports=[], first=None, closed=self.gates.closed)
             found.tasks, found.checkpoint = self.tasks, self.checkpoint
-            scores = ranks(found.scores(self.selection))
+            scores = ranks(found.learn(self.selection).scores)
         self.first = {name: value.to(self.gates.logits[name]) for name, value in scores.items()}
 
     # --- from scores to gates ---
 
-    def learnt(self, selection: Selection | None) -> Table:
-        """{site: (tasks, units)} the gates learnt, on the CPU."""
-        return self.final(self.scores(selection), selection, self.tasks.labels)
+    def learnt(self, selection: Selection | None) -> Found:
+        """All tasks' gates, with so much to keep."""
+        return self.final(self.learn(selection), selection, self.tasks.labels)
 
-    def final(self, scores: Table, selection: Selection | None, labels: Sequence[object]) -> Table:
-        """The gates of these scores, on the CPU, if learning ended with them."""
+    def final(self, learnt: Learnt, selection: Selection | None, labels: Sequence[object]) -> Found:
+        """What there would be if learning ended with this."""
         with torch.no_grad():
-            gates = self.method.estimator(scores, self.step(self.method.steps, selection, labels))
-        return {site: gate.detach().cpu() for site, gate in gates.items()}
+            gates = self.method.estimator(learnt.scores, self.step(self.method.steps, selection, labels))
+            found = gates, self.constants(learnt.offsets)
+        return Found(*({site: x.detach().cpu() for site, x in table.items()} for table in found))
 
-    def scores(self, selection: Selection | None) -> Table:
+    def everything(self) -> Found:
+        """All tasks with every gate open."""
+        gates = {name: torch.ones(len(self.tasks), x.shape[1], dtype=x.dtype) for name, x in self.gates.logits.items()}
+        means = self.gates.constants if self.closed == "optimal" else {}
+        return Found(gates, {name: mean.cpu().repeat(len(self.tasks), 1) for name, mean in means.items()})
+
+    def constants(self, offsets: Table) -> Table:
+        """What closed units put out."""
+        means = self.gates.constants
+        return {site: means[site].to(x) + self.deviations[site] * x for site, x in offsets.items()}
+
+    def learn(self, selection: Selection | None) -> Learnt:
         """What the method learns for all tasks, with so much to keep."""
         if selection is not None:
             shares = selection.targets.amin(1)  # (tasks or 1,)
@@ -160,7 +195,7 @@ class Learner:
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)
         assert self.pool is not None  # `read` made it
         if method.sampling == "each":
-            return self.averaged(selection)
+            return Learnt(self.averaged(selection), {})
         size = max(1, SAMPLES_PER_PASS // (method.positives + method.negatives))
         chunks = torch.arange(len(self.tasks)).split(size)
         learnt = []
@@ -169,14 +204,17 @@ class Learner:
             batches = balanced_batches(self.pool, data, tasks, method, self.seed, number, len(chunks))
             first = self.first and {site: score[rows.to(score.device)] for site, score in self.first.items()}
             learnt.append(self.run(batches, tasks.labels, selection and selection.rows(rows), first))
-        return {site: torch.cat([scores[site] for scores in learnt]) for site in learnt[0]}
+        parts = [
+            {site: torch.cat([each[site] for each in part]) for site in part[0]} for part in zip(*learnt, strict=True)
+        ]
+        return Learnt(*parts)
 
     def averaged(self, selection: Selection | None) -> Table:
         """Scores of single samples, averaged over each task's."""
         assert self.pool is not None
         every, learnt = [], []
         for rows, batches in each_batches(self.pool, self.data, self.tasks, self.method, self.seed):
-            learnt.append(self.run(batches, list(range(len(rows))), selection, None))
+            learnt.append(self.run(batches, list(range(len(rows))), selection, None).scores)
             every.append(rows)
         rows = torch.cat(every)
         return {
@@ -212,15 +250,18 @@ class Learner:
 
     def run(
         self, batches: Iterable[Batch], labels: Sequence[object], selection: Selection | None, first: Table | None
-    ) -> Table:
-        """The loop: the open network, the gated one, each task's loss, its gradient, the update of the scores."""
+    ) -> Learnt:
+        """The loop: the open network, the gated one, each task's loss, its gradient, the update of what is learnt."""
         method, clock = self.method, Clock()
         initial = self.initial(labels)
         if first is not None:  # the small differences between first scores break ties
             initial = {site: score + first[site] for site, score in initial.items()}
-        begun, scores, state = self.checkpoint.begin(initial)
+        offsets = {site: torch.zeros_like(score) for site, score in initial.items() if self.closed == "optimal"}
+        begun, tables = self.checkpoint.begin({"scores": initial, "offsets": offsets})
+        learnt = Learnt(*(tables.setdefault(part, {}) for part in Learnt._fields))
+        states = [tables.setdefault(f"{part}, state", {}) for part in Learnt._fields]
         if begun < 0:
-            return scores
+            return learnt
         samples = 0
         for index, batch in enumerate(batches):
             samples += len(batch.keys)
@@ -230,27 +271,34 @@ class Learner:
                 self.teacher.remember(batch.inputs, batch.keys)
                 continue
             step = self.step(index, selection, labels)
-            leaves = {site: score.detach().requires_grad_() for site, score in scores.items()}
-            table = method.estimator(leaves, step)  # {site: (tasks, units)}
+            leaves = [{site: x.detach().requires_grad_() for site, x in part.items()} for part in learnt]
+            table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
             moving = on_device(batch.samples, self.teacher.forward.device)
-            gated = self.gates.apply({site: gate[moving.rows] for site, gate in table.items()})
+            gated = self.gates.apply(
+                {site: gate[moving.rows] for site, gate in table.items()},
+                {site: constants[moving.rows] for site, constants in self.constants(leaves[1]).items()},
+            )
             with gated, self.teacher.forward.fused:
                 terms = self.terms(batch, moving, table)
                 shown = moving.rows.unique()  # a penalty must not move tasks that the batch does not show
                 losses = torch.stack([term[shown] for term in terms.values()]).sum(0)
                 # inside `with`: activation checkpointing runs the forward pass again in here
-                gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+                moved = [x for part in leaves for x in part.values()]
+                gradients = torch.autograd.grad(losses.sum(), moved, materialize_grads=True)
             self.check(losses, gradients, index)
             with torch.no_grad():
-                method.update(scores, dict(zip(scores, gradients, strict=True)), step, state)
-            self.checkpoint.note(index + 1, scores, state)
+                found = iter(gradients)
+                for update, part, state in zip((method.update, method.closing), learnt, states, strict=True):
+                    if part and update:
+                        update(part, dict(zip(part, found, strict=False)), step, state)
+            self.checkpoint.note(index + 1, tables)
             if self.reports:
                 parts = {name: term[shown] for name, term in terms.items()}
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
-                    held_out = self.told(batch, labels, scores, selection)
+                    held_out = self.told(batch, labels, learnt, selection)
                     self.report(batch, losses, parts, table, samples, clock, held_out)
-        self.checkpoint.note(-1, scores, {})
-        return scores
+        self.checkpoint.note(-1, learnt._asdict())
+        return learnt
 
     def terms(self, batch: Batch, samples: Samples, table: Table) -> Mapping[str, Tensor]:
         """What the objective gives. Of what the sites put out, only that outlives this which the way back needs."""
@@ -299,7 +347,7 @@ class Learner:
             each(report)
 
     def told(
-        self, batch: Batch, labels: Sequence[object], scores: Table, selection: Selection | None
+        self, batch: Batch, labels: Sequence[object], learnt: Learnt, selection: Selection | None
     ) -> dict[str, float]:
         """Means of the held-out figures, ten times in a run."""
         tenths = batch.done * TIMES // batch.total if batch.total else 0
@@ -307,7 +355,8 @@ class Learner:
         if self.held_out is None or not due or self.method.sampling == "each":
             return {}
         tasks = self.tasks.select([self.tasks.row(label) for label in labels])
-        found = self.measured(self.gates.masks_of(tasks, self.final(scores, selection, labels), {}))
+        now = self.final(learnt, selection, labels)
+        found = self.measured(self.gates.masks_of(tasks, now.gates, {}, now.constants))
         return {measure: float(figures.mean()) for measure, figures in found.items()}
 
     def measured(self, masks: Masks) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from .budgets import Budget, Selection
 from .checkpoints import Checkpoint
 from .errors import ModelError, NadhooksError, TaskError
 from .faithfulness import faithful
-from .gates import Closed, attach, check_closed
+from .gates import attach, check_closed
+from .gating import Closed
 from .identity import weights_of
 from .learner import Learner
 from .masks import Masks
@@ -68,7 +69,9 @@ def learn(
         by parameters or FLOPs. 0.55 by default. With "nad" it follows from the method's beta.
     fidelity: instead of `keep`, the largest held-out divergence from the full network that a task may have; as little
         is kept as that allows. The whole curve is in `masks.provenance["curve"]`.
-    closed: what a closed unit puts out, "zero" or "mean"; by default "zero" for "nad" and "mean" for the others.
+    closed: what a closed unit puts out: "zero"; "mean", its average over the data; or "optimal", a constant for each
+        task and unit that is learnt with the mask, from the mean on (optimal ablation; Li and Janson, NeurIPS 2024). By
+        default "zero" for "nad", "optimal" for "contrastive" and "mean" for the others.
     start: a method, or masks, that the first scores are taken from.
     outputs: {label: indices of the model's outputs} that say yes to a task, where labels are not outputs themselves.
     held_out: another loader, of samples that nothing is learnt from. Its figures go into `masks.quality`, and into the
@@ -91,7 +94,7 @@ def learn(
     if fidelity is not None and method.ranks and method.output == "any":
         method = replace(method, output="softmax")  # its objective measures no distance from the full network
     closed = method.closed if closed is None else closed
-    check_closed(closed)
+    check_closed(closed, get_args(Closed) if method.closing else ("zero", "mean"))
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)  # for a loader that shuffles; `frozen` puts the user's random state back
@@ -142,10 +145,10 @@ def learn(
             learner.read(given, fidelity)
             learner.warm(start)
             if fidelity is not None:
-                values, run["curve"] = faithful(learner, fidelity)
+                found, run["curve"] = faithful(learner, fidelity)
             else:
-                values = learner.learnt(selection)
-            masks = gates.masks_of(learner.tasks, values, run)
+                found = learner.learnt(selection)
+            masks = gates.masks_of(learner.tasks, found.gates, run, found.constants)
             masks = masks.replaced(quality=learner.measured(masks))
             learner.checkpoint.remove()
             return masks

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from os import PathLike
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, get_args
 
 import networkx as nx
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .errors import MaskFileError, SiteError, TaskError
 from .formats import mask_file, remote
-from .formats.mask_file import StoredValues
+from .formats.mask_file import Stored, StoredValues
 from .formats.tables import masks_table
+from .gating import Closed
 from .sites import Site
 from .tasks import Label, Tasks
 
@@ -26,8 +27,9 @@ class Masks:
     """The gates of every task over all sites; frozen.
 
     sites: in firing order. values: {site: (tasks, units) in [0, 1]}, also `masks[site]`. wiring: the directed acyclic
-    graph of data flow between sites. closed: what a closed unit puts out, "zero" or "mean"; means: {site: (units,)}
-    for the latter. provenance: where the masks came from, values that JSON knows. quality: {measure: (tasks,)}, what
+    graph of data flow between sites. closed: what a closed unit puts out: "zero", "mean", its average over the data,
+    or "optimal", a constant learnt with the mask; constants: these, {site: (units,)} means, or {site: (tasks, units)}
+    that are optimal. provenance: where the masks came from, values that JSON knows. quality: {measure: (tasks,)}, what
     was measured with them, such as "recall".
 
     Masks that `load` opened read their values from the file whenever they are asked for, and no more of it than that.
@@ -37,14 +39,15 @@ class Masks:
     values: Mapping[str, Tensor]
     task_rows: Tasks
     wiring: nx.DiGraph
-    closed: Literal["zero", "mean"] = "zero"
-    means: Mapping[str, Tensor] = field(default_factory=dict)
+    closed: Closed = "zero"
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("means", "provenance", "quality"):  # frozen all the way: read-only copies
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name in ("constants", "provenance", "quality"):  # frozen all the way: read-only copies
+            part = getattr(self, name)
+            object.__setattr__(self, name, part if isinstance(part, Stored) else MappingProxyType(dict(part)))
         if isinstance(self.values, StoredValues):  # which was checked when it was read
             return
         for site in self.sites:
@@ -56,12 +59,13 @@ class Masks:
                 )
             if not bool(((value >= 0) & (value <= 1)).all()):  # NaN fails too
                 raise SiteError(f"{site.name}: expected mask values in [0, 1], got others (or NaN)")
-        if self.closed not in ("zero", "mean"):
-            raise SiteError(f"closed: expected 'zero' or 'mean', got {self.closed!r}")
-        for site in self.sites if self.closed == "mean" else ():
-            mean = self.means.get(site.name)
-            if mean is None or tuple(mean.shape) != (site.units,):
-                raise SiteError(f"{site.name}: closed='mean' needs the units' means, shape ({site.units},)")
+        if self.closed not in get_args(Closed):
+            raise SiteError(f"closed: expected {' or '.join(map(repr, get_args(Closed)))}, got {self.closed!r}")
+        for site in self.sites if self.closed != "zero" else ():
+            shape = (site.units,) if self.closed == "mean" else (len(self.task_rows), site.units)
+            constants = self.constants.get(site.name)
+            if constants is None or tuple(constants.shape) != shape:
+                raise SiteError(f"{site.name}: closed={self.closed!r} needs the units' constants, shape {shape}")
         for name, measure in self.quality.items():
             if tuple(measure.shape) != (len(self.task_rows),):
                 raise TaskError(
@@ -104,7 +108,7 @@ class Masks:
             and self.task_rows == other.task_rows
             and self.closed == other.closed
             and set(self.wiring.edges) == set(other.wiring.edges)
-            and _same_tables(self.means, other.means)
+            and _same_tables(self.constants, other.constants)
             and _same_tables(self.values, other.values)
         )
 
@@ -159,6 +163,12 @@ class Masks:
                 found[site.name] = torch.where(either > 0, (a & b).sum(1) / either.clamp(min=1), 1.0)
         return found
 
+    def closed_values(self, site: str) -> Tensor | None:
+        """(tasks, units) what closed units of one site put out; None for zero."""
+        if self.closed == "zero":
+            return None
+        return self.constants[site].expand(len(self), -1)
+
     # --- making others ---
 
     def hard(self, threshold: float = 0.5) -> Masks:
@@ -171,13 +181,12 @@ class Masks:
         rows = [self.task_rows.row(task) for task in ([tasks] if alone else list(tasks))]  # type: ignore[call-overload]
         if not rows:
             raise TaskError("select: expected at least one task, got none")
-        values: Mapping[str, Tensor] = (
-            self.values.take(rows)
-            if isinstance(self.values, StoredValues)
-            else {name: value[rows] for name, value in self.values.items()}
+        values, constants = (
+            table.take(rows) if isinstance(table, Stored) else {name: value[rows] for name, value in table.items()}
+            for table in (self.values, self.constants if self.closed == "optimal" else {})
         )
         quality = {name: measure[rows] for name, measure in self.quality.items()}
-        return self.replaced(values, self.task_rows.select(rows), quality=quality)
+        return self.replaced(values, self.task_rows.select(rows), quality=quality, constants=constants or None)
 
     def renamed(self, names: Mapping[str, str] | Callable[[str], str]) -> Masks:
         """The same masks for a model that calls its modules otherwise.
@@ -200,13 +209,16 @@ class Masks:
             self.task_rows,
             nx.freeze(nx.relabel_nodes(self.wiring, to)),
             self.closed,
-            {to[name]: mean for name, mean in self.means.items()},
+            {to[name]: constants for name, constants in self.constants.items()},
             {**self.provenance, **({"parameters_behind": behind} if behind else {})},
             self.quality,
         )
 
     def __and__(self, other: Masks) -> Masks:
-        """What both keep, task by task (the smaller gate). The second may be of one task, which meets every other."""
+        """What both keep, task by task (the smaller gate). The second may be of one task, which meets every other.
+
+        Closed units put out what the first's do, here and in what follows.
+        """
         return self._combined(other, torch.minimum)
 
     def __or__(self, other: Masks) -> Masks:
@@ -231,15 +243,17 @@ class Masks:
         tasks: Tasks | None = None,
         provenance: Mapping[str, Any] | None = None,
         quality: Mapping[str, Tensor] | None = None,
+        constants: Mapping[str, Tensor] | None = None,
     ) -> Masks:
-        """The same sites, wiring and closed values with other values, tasks, origin or measures, as far as given.
+        """The same sites and wiring with other values, tasks, origin, measures or constants, as far as given.
 
         Other values have no measured quality unless it is given too.
         """
         origin = self.provenance if provenance is None else provenance
         measured = (self.quality if values is None else {}) if quality is None else quality
         values, tasks = self.values if values is None else values, tasks or self.task_rows
-        return Masks(self.sites, values, tasks, self.wiring, self.closed, self.means, origin, measured)
+        constants = self.constants if constants is None else constants
+        return Masks(self.sites, values, tasks, self.wiring, self.closed, constants, origin, measured)
 
     # --- files ---
 
@@ -279,8 +293,9 @@ def load(path: str | PathLike[str]) -> Masks:
 def merge(parts: Sequence[Masks]) -> Masks:
     """The tasks of several masks of one model, one after the other: shards of a long run, say.
 
-    They must agree in sites, wiring and closed values and have no task in common. What their provenance shares stays;
-    where it differs, `merged` lists each one's own. Of measured quality stays what all have.
+    They must agree in sites, wiring and what closed units put out (but where that is a task's own), and have no task in
+    common. What their provenance shares stays; where it differs, `merged` lists each one's own. Of measured quality
+    stays what all have.
 
     Raises TaskError for a task that is there twice, SiteError for masks that do not fit each other.
     """
@@ -291,7 +306,8 @@ def merge(parts: Sequence[Masks]) -> Masks:
         check_same_sites(other.sites, first.sites, "merge masks of one model and one choice of sites")
         if set(other.wiring.edges) != set(first.wiring.edges):
             raise SiteError("expected masks of one wiring, got another; merge masks of one model")
-        if other.closed != first.closed or not _same_tables(other.means, first.means):
+        same = first.closed == "optimal" or _same_tables(other.constants, first.constants)
+        if other.closed != first.closed or not same:
             raise SiteError(
                 "expected closed units that put out the same; masks learnt apart from each other on other "
                 "data have other means"
@@ -302,11 +318,14 @@ def merge(parts: Sequence[Masks]) -> Masks:
         tuple(chain.from_iterable(each.task_rows.wordnet or [""] * len(each) for each in parts)),
     )
     values = {name: torch.cat([each[name] for each in parts]) for name in first.values}
+    own_constants = first.constants if first.closed == "optimal" else ()
+    constants = {name: torch.cat([each.constants[name] for each in parts]) for name in own_constants}
     measures = [name for name in first.quality if all(name in each.quality for each in parts)]
     quality = {name: torch.cat([each.quality[name] for each in parts]) for name in measures}
     shared = {k: v for k, v in first.provenance.items() if all(each.provenance.get(k) == v for each in parts)}
     own = [{k: v for k, v in each.provenance.items() if k not in shared} for each in parts]
-    return first.replaced(values, tasks, {**shared, "merged": own} if any(own) else shared, quality)
+    origin = {**shared, "merged": own} if any(own) else shared
+    return first.replaced(values, tasks, origin, quality, constants or None)
 
 
 def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str) -> None:

@@ -251,7 +251,8 @@ def _origin(masks: Masks) -> str:
     lines = [
         f"- {key}: {text(_value(origin[key]))}" for key in named if origin.get(key) is not None and origin[key] != {}
     ]
-    closed = {"zero": "zero", "mean": "its mean over the data"}[masks.closed]
+    kinds = {"zero": "zero", "mean": "its mean over the data", "optimal": "a constant learnt for each task"}
+    closed = kinds[masks.closed]
     return "\n".join([*lines, f"- what a closed unit puts out: {closed}"])
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, nn
 
-from .effects import Effects, Estimator, Reference, Setting, Weighting, setting
+from .effects import Effects, Estimator, Setting, Weighting, setting
 from .errors import NadhooksError
+from .gating import Closed
 from .graphs import FlowGraph
 from .masks import Masks
 from .measuring import estimator_of, measure
@@ -29,7 +30,7 @@ def unit_flow(
     images: Tensor,
     *,
     weighting: Weighting = "class",
-    reference: Reference | None = None,
+    reference: Closed | None = None,
     estimator: Estimator | None = "midpoint",
     nodes: float = 0.8,
     edges: float = 0.98,
@@ -51,8 +52,8 @@ def unit_flow(
         to what it is, on direct ways: every other site keeps its value. The two hardly correlate. With the midpoint,
         class-weighted edges have a second-order term besides: t² · b_v, image by image, where b_v is what closing v
         does to the logit beyond ∂logit/∂z_v · Δz_v, and t the share that Δ_u z_v is of v's own Δz_v.
-    reference: "zero" or "mean"; by default what closed units of the masks put out. Where masks have no means, the
-        units' means over `images`. Of the input: zero, or each channel's mean.
+    reference: "zero", "mean" or, of masks that have it, "optimal"; by default what closed units of the masks put out.
+        Where masks have no means, the units' means over `images`. Of the input: zero, or each channel's mean.
     estimator: "midpoint" (default), the difference quotient around gate ½ over the gate's whole range, which is what
         closing u changes, exactly, at one pass through the segment for each source; "gradient", Δ to first order, at
         one vector-Jacobian product for each target, a third faster and worst where flows are multiplied; None decides

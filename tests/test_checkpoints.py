@@ -57,18 +57,17 @@ def stopped(path: Path, after: int = 5, **more: Any) -> bytes:
 def test_phases_go_on_where_they_stood(tmp_path: Path) -> None:
     path = tmp_path / "run"
     first = Checkpoint(path, 0.0, RUN)
-    assert first.begin(table(0)).step == 0
-    first.note(1, table(1), {"m": torch.ones(2)})
-    first.note(-1, table(2), {})
-    first.begin(table(0))
-    first.note(3, table(4), {"m": torch.zeros(2)})
+    assert first.begin({"scores": table(0)}).step == 0
+    first.note(1, {"scores": table(1), "state": {"m": torch.ones(2)}})
+    first.note(-1, {"scores": table(2)})
+    first.begin({"scores": table(0)})
+    first.note(3, {"scores": table(4), "state": {"m": torch.zeros(2)}})
     second = Checkpoint(path, 0.0, RUN)
     steps = []
-    for scores, state in ((table(2), {}), (table(4), {"m": torch.zeros(2)}), (table(0), {})):
-        stand = second.begin(table(0))
+    for tables in ({"scores": table(2)}, {"scores": table(4), "state": {"m": torch.zeros(2)}}, {"scores": table(0)}):
+        stand = second.begin({"scores": table(0)})
         steps.append(stand.step)
-        torch.testing.assert_close(stand.scores, scores, rtol=0, atol=0)
-        torch.testing.assert_close(stand.state, state, rtol=0, atol=0)
+        torch.testing.assert_close(stand.tables, tables, rtol=0, atol=0)
     assert steps == [-1, 3, 0]
     second.remove()
     second.remove()
@@ -78,14 +77,14 @@ def test_phases_go_on_where_they_stood(tmp_path: Path) -> None:
 def test_it_is_written_now_and_then_only(tmp_path: Path) -> None:
     path = tmp_path / "run"
     rare = Checkpoint(path, 3600.0, RUN)
-    rare.begin(table(0))
-    rare.note(1, table(1), {})
+    rare.begin({"scores": table(0)})
+    rare.note(1, {"scores": table(1)})
     assert not path.exists()
     rare.write()
     assert path.exists()
     nowhere = Checkpoint(None, 0.0, RUN)
-    nowhere.begin(table(0))
-    nowhere.note(1, table(1), {})
+    nowhere.begin({"scores": table(0)})
+    nowhere.note(1, {"scores": table(1)})
     nowhere.write()
     nowhere.remove()
     assert list(tmp_path.iterdir()) == [path]

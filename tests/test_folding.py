@@ -34,6 +34,9 @@ def draw(gates: nadhooks.Gates, example: Any, closed: str, soft: bool = False) -
         logits[:, 0], logits[:, 1] = 0, 1  # none is all open or all closed
     if closed == "mean":
         gates.calibrate([example])
+    if closed == "optimal":
+        constants = {name: torch.randn(x.shape, generator=generator).to(x) for name, x in gates.logits.items()}
+        gates.load(gates.masks_of(gates.task_rows, gates.masks().values, {}, constants))
 
 
 def hooked(model: nn.Module, masks: nadhooks.Masks, task: object, x: Any) -> Tensor:
@@ -103,7 +106,7 @@ def test_a_layer_without_bias_gets_one_for_means() -> None:
     model.conv1.bias = None
     masks = masks_of(model, "conv1", x, "mean")
     folded = nadhooks.sub_architecture(model, masks, 0, example=x)
-    expected = (1 - masks["conv1"][0]) * masks.means["conv1"]
+    expected = (1 - masks["conv1"][0]) * masks.constants["conv1"]
     assert torch.equal(folded.get_parameter("conv1.bias"), expected)
     torch.testing.assert_close(folded(x), hooked(model, masks, 0, x), rtol=0, atol=1e-14)
 
@@ -119,6 +122,8 @@ def test_a_layer_without_bias_gets_one_for_means() -> None:
         (nn.GELU(), "mean", "columns behind"),  # no bias gives every mean behind a GELU
         (nn.Sigmoid(), "zero", "columns behind"),  # sigmoid(0) is 0.5
         (nn.BatchNorm1d(6), "mean", "weights"),
+        (nn.BatchNorm1d(6), "optimal", "weights"),
+        (nn.ReLU(), "optimal", "columns behind"),  # negative constants after a ReLU
         (nn.LayerNorm(6), "mean", "weights"),
         (nn.RMSNorm(6), "mean", "columns behind"),  # has no bias
         (nn.Softmax(1), "zero", "columns behind"),  # mixes units

@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks.errors import ModelError, SiteError, TaskError
+from nadhooks.errors import ModelError, NadhooksError, SiteError, TaskError
 from nadhooks.gating import gate
 
 from .nets import Line, Mlp, Pair, Split, images, seeded, vectors
@@ -132,7 +132,7 @@ def test_means_are_measured_with_open_gates() -> None:
         gates.logits["act"].data.fill_(0)
         with gates(0):
             gates.calibrate([(x, None)])
-        torch.testing.assert_close(gates.means["act"], model.act(model.fc1(x)).mean(0).detach())
+        torch.testing.assert_close(gates.constants["act"], model.act(model.fc1(x)).mean(0).detach())
         with pytest.raises(nadhooks.NadhooksError, match="expected at least one batch"):
             gates.calibrate([])
 
@@ -316,11 +316,58 @@ def test_a_closed_unit_puts_out_its_value_whatever_it_holds(grad: Any, closed: n
     with nadhooks.attach(model, "act", closed=closed, example=x) as gates:
         gates.calibrate([x])
         gates.closed = closed
-        expected = gates.means["act"][2] if closed == "mean" else torch.zeros(())
+        expected = gates.constants["act"][2] if closed == "mean" else torch.zeros(())
         model.fc1.weight.data[2] = torch.inf  # activations of ±inf and NaN
         with grad(), gates.close("act", 2), gates.watch(lambda site, tensor: seen.append(tensor.clone())):
             assert model(x).isfinite().all()
     assert (seen[0][:, 2] == expected).all()
+
+
+def constants(*rows: float) -> dict[str, Tensor]:
+    """What seven closed units put out, a row for each task."""
+    return {"act": torch.tensor(rows, dtype=torch.float64)[:, None].repeat(1, 7)}
+
+
+def test_each_task_has_constants_of_its_own() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates:
+        shut = {"act": torch.zeros(2, 7, dtype=torch.float64)}
+        masks = gates.masks_of(gates.task_rows, shut, {}, constants(1, 2))
+        gates.load(masks)
+        assert (gates.closed, gates.masks()) == ("optimal", masks)
+        one, two = (model.fc2(torch.full((len(x), 7), value, dtype=torch.float64)) for value in (1.0, 2.0))
+        for grad in (torch.enable_grad, torch.no_grad):
+            with grad():
+                with gates(1):
+                    assert torch.equal(model(x), two)
+                with gates([1, *[0] * (len(x) - 1)]):
+                    assert torch.equal(model(x), torch.cat([two[:1], one[1:]]))
+                with gates.apply({"act": torch.zeros(7)}, {"act": torch.ones(7)}):
+                    assert torch.equal(model(x), one)
+                with gates.close("act", 0), pytest.raises(NadhooksError, match="for each task; close them inside"):
+                    model(x)
+        gates.load(masks.select(0))
+        with gates.close("act", range(7)):
+            assert torch.equal(model(x), one)
+
+
+def test_gradients_lead_into_what_closed_units_put_out() -> None:
+    model, x = seeded(Mlp), vectors(4)
+    closed = torch.zeros(4, 7, dtype=torch.float64, requires_grad=True)
+    gate = torch.tensor([1.0, 0, 0.5, 1, 1, 1, 1], dtype=torch.float64)
+    with nadhooks.attach(model, "act", example=x) as gates, gates.apply({"act": gate}, {"act": closed}):
+        model(x).sum().backward()
+    expected = ((1 - gate) * model.fc2.weight.sum(0)).expand(4, 7)
+    torch.testing.assert_close(closed.grad, expected, rtol=0, atol=1e-14)
+
+
+def test_constants_are_not_had_by_attaching() -> None:
+    with pytest.raises(NadhooksError, match=r"'zero' or 'mean', got 'optimal', which is learnt: by nadhooks\.learn"):
+        nadhooks.attach(seeded(Mlp), "act", closed="optimal", example=vectors())
+    with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates:
+        six = {"act": torch.ones(6)}
+        with pytest.raises(SiteError, match=r"act: expected closed values of shape \(7,\) or \(batch, 7\)"):
+            gates.apply({"act": torch.ones(7)}, six)
 
 
 def test_masks_of_other_tasks_wait_until_nothing_is_in_force() -> None:
@@ -478,7 +525,7 @@ def test_means_are_measured_open_inside_a_close_too() -> None:
         with gates.close("act", range(7)):
             gates.calibrate([x])
             assert gates._shut
-        torch.testing.assert_close(gates.means["act"], model.act(model.fc1(x)).mean(0).detach())
+        torch.testing.assert_close(gates.constants["act"], model.act(model.fc1(x)).mean(0).detach())
 
 
 def test_attach_works_in_inference_mode() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import nadhooks
 from nadhooks import methods, objectives
 from nadhooks.errors import LearningError, ModelError, NadhooksError, SiteError, TaskError
+from nadhooks.gating import Closed
 from nadhooks.methods.estimators import cubic
 from nadhooks.progress import Progress
 from nadhooks.sampling import generator
@@ -138,8 +140,8 @@ def test_the_same_seed_gives_the_same_masks_and_another_does_not() -> None:
 
 
 @pytest.mark.parametrize("method", ["class-only", "contrastive"])
-@pytest.mark.parametrize("closed", ["zero", "mean"])
-def test_keep_is_the_share_that_is_kept(method: str, closed: nadhooks.gates.Closed) -> None:
+@pytest.mark.parametrize("closed", ["zero", "mean", "optimal"])
+def test_keep_is_the_share_that_is_kept(method: str, closed: Closed) -> None:
     for keep in (0.3, 1.0):
         masks = nadhooks.learn(net(), loader(), ["fc1", "act"], method=method, keep=keep, closed=closed)
         assert (masks.kept() == round(keep * 2 * HIDDEN) / (2 * HIDDEN)).all()
@@ -166,7 +168,7 @@ def planted() -> tuple[nn.Module, Loader]:
 
 
 @pytest.mark.parametrize("closed", ["zero", "mean"])
-def test_contrastive_finds_the_units_that_classes_were_planted_in(closed: nadhooks.gates.Closed) -> None:
+def test_contrastive_finds_the_units_that_classes_were_planted_in(closed: Closed) -> None:
     model, data = planted()
     masks = nadhooks.learn(model, data, "act", method=OUTPUT_ONLY, keep=3 / 7, closed=closed)
     # a class needs its own unit to say yes, and the other two to say no
@@ -177,12 +179,44 @@ def test_closed_means_are_those_of_the_data_and_travel() -> None:
     model, data = net(), loader()
     masks = nadhooks.learn(model, data, "act", method="nad", closed="mean")
     x = torch.cat([images for images, _ in data])
-    torch.testing.assert_close(masks.means["act"], F.relu(model.fc1(x)).mean(0).detach())
+    torch.testing.assert_close(masks.constants["act"], F.relu(model.fc1(x)).mean(0).detach())
     with nadhooks.attach(model, "act", example=x) as gates:
         gates.load(masks)
         with gates.close("act", range(HIDDEN)):
-            expected = model.fc2(masks.means["act"].expand(len(x), -1))
+            expected = model.fc2(masks.constants["act"].expand(len(x), -1))
             torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-14)
+
+
+def test_what_closed_units_put_out_is_learnt_as_by_hand() -> None:
+    """Gradient descent in standard deviations, beginning at the means, written out for one site."""
+    model, data = net(), [(vectors(3, seed=3), torch.arange(3))] * 4
+    shut = torch.tensor(
+        [[1.0, 0, 0, 1, 0, 1, 0], [0.0, 1, 1, 0, 0, 1, 0], [1.0, 1, 0, 0, 0, 0, 0]], dtype=torch.float64
+    )
+
+    def closing(offsets: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
+        offsets["act"] -= 0.1 * gradients["act"]
+
+    def objective(student: Any, teacher: Any, samples: Any, gates: methods.Table) -> Tensor:
+        far = (student.outputs - samples.classes[:, None]).square().sum(1)
+        return objectives.per_task(far[samples.positive], samples.rows[samples.positive], 3)
+
+    method = replace(
+        methods.contrastive(steps=5), objective=objective, closing=closing,
+        estimator=lambda scores, step: {"act": shut + scores["act"] - scores["act"].detach()},
+    )  # fmt: skip
+    masks = nadhooks.learn(model, data, "act", method=method)
+    hidden = F.relu(model.fc1(data[0][0])).detach()
+    mean, deviation = hidden.mean(0), hidden.std(0, unbiased=False)
+    for row in range(3):
+        offset = torch.zeros(HIDDEN, dtype=torch.float64)
+        for _ in range(5):
+            leaf = offset.clone().requires_grad_()
+            x = shut[row] * hidden[row] + (1 - shut[row]) * (mean + deviation * leaf)
+            (gradient,) = torch.autograd.grad((model.fc2(x) - row).square().sum(), leaf)
+            offset = offset - 0.1 * gradient
+        torch.testing.assert_close(masks.constants["act"][row], mean + deviation * offset, rtol=0, atol=1e-12)
+    assert masks.closed == "optimal"
 
 
 def test_learning_leaves_the_model_and_the_random_state_as_found() -> None:
@@ -360,8 +394,11 @@ def test_bad_options_are_named() -> None:
         nadhooks.learn(model, data, "act", method="magic")
     with pytest.raises(NadhooksError, match="needs samples of at least two labels"):
         nadhooks.learn(model, [(x[y == 0], y[y == 0]) for x, y in data], "act")
-    with pytest.raises(NadhooksError, match="closed: expected 'zero' or 'mean', got 'half'"):
+    with pytest.raises(NadhooksError, match="closed: expected 'zero' or 'mean' or 'optimal', got 'half'"):
         nadhooks.learn(model, data, "act", closed="half")  # type: ignore[arg-type]
+    for method in ("nad", "taylor"):
+        with pytest.raises(NadhooksError, match="closed: expected 'zero' or 'mean', got 'optimal', which is learnt"):
+            nadhooks.learn(model, data, "act", method=method, closed="optimal")
     with pytest.raises(ModelError, match=r"expected a classifier that puts out \(batch, classes\)"):
         nadhooks.learn(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double(), data, "0")
 

@@ -96,7 +96,7 @@ def test_figures_of_groups_are_those_of_a_network_with_their_sum_as_output() -> 
     x, labels = (torch.cat(parts) for parts in zip(*held_out, strict=True))
     for label, group in GROUPS.items():
         answers = model.fc2(
-            model.act(model.fc1(x)) * masks["act"][label] + (1 - masks["act"][label]) * masks.means["act"]
+            model.act(model.fc1(x)) * masks["act"][label] + (1 - masks["act"][label]) * masks.constants["act"][label]
         )
         said = torch.isin(answers.argmax(1), torch.tensor(group))
         own = labels == label
@@ -152,9 +152,9 @@ def test_every_output_can_be_a_yes_or_no_of_its_own(method: str) -> None:
         alone = nadhooks.learn(mlp(), several(), "act", method=make(output="sigmoid"), tasks=[label])
         torch.testing.assert_close(alone["act"][0], found["act"][label], rtol=0, atol=1e-12)
     x, labels = (torch.cat(parts) for parts in zip(*several(), strict=True))
-    closed = found.means["act"] if found.closed == "mean" else torch.zeros(7)
+    values = found.closed_values("act")
     for label in (0, 1, 2):
-        gate = found["act"][label]
+        gate, closed = found["act"][label], torch.zeros(7) if values is None else values[label]
         said = mlp().fc2(F.relu(mlp().fc1(x)) * gate + (1 - gate) * closed)[:, label] > 0
         own = labels[:, label].bool()
         assert float(found.quality["recall"][label]) == pytest.approx(float(said[own].double().mean()))

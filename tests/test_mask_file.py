@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,11 +31,14 @@ from nadhooks.sites import Site
 from nadhooks.tasks import LONGEST, TEXT, Tasks
 
 from .strangers import Watch, encoded, header_and_tensors, mutated
-from .test_masks import SITES, THREE, masks
+from .test_masks import SITES, THREE, masks, optimal
 
 DATA = Path(__file__).parent / "data"
 MEANS = {"a": torch.tensor([0.5, 1, -1, 2]), "b@input": torch.tensor([0, 0.125])}
-SOFT = masks([[0.25, 0.5, 1, 0]], [[1, 0]], closed="mean", means=MEANS, provenance={"method": "x", "n": [1, 2]})
+SOFT = masks([[0.25, 0.5, 1, 0]], [[1, 0]], closed="mean", constants=MEANS, provenance={"method": "x", "n": [1, 2]})
+
+
+OPTIMAL = optimal(3)
 
 
 def as_bytes(each: Masks) -> bytes:
@@ -55,7 +59,9 @@ def changed(whole: Masks = THREE, tensors: Any = None, **fields: Any) -> bytes:
     return encoded({**header, **fields}, {**entries, **(tensors or {})})
 
 
-@pytest.mark.parametrize("each", [SOFT, THREE, THREE.replaced(quality={"auc": torch.tensor([0.5, math.nan, 1])})])
+@pytest.mark.parametrize(
+    "each", [SOFT, OPTIMAL, THREE, THREE.replaced(quality={"auc": torch.tensor([0.5, math.nan, 1])})]
+)
 def test_files_give_back_what_was_saved(each: Masks, tmp_path: Path) -> None:
     each.save(tmp_path / "m.safetensors")
     again = nadhooks.load(tmp_path / "m.safetensors")
@@ -131,7 +137,7 @@ def test_files_of_the_first_format_stay_readable(name: str) -> None:
     assert old.tasks == ("cat", "dog")
     assert old.wiring.edges["b@input", "output"] == {"found": "perturbation"}
     assert old.closed == ("mean" if soft else "zero")
-    assert {site: mean.tolist() for site, mean in old.means.items()} == (
+    assert {site: mean.tolist() for site, mean in old.constants.items()} == (
         {"a": [0.5, 1, -1, 2], "b@input": [0, 0.125]} if soft else {}
     )
     assert old.provenance.get("model") == (None if soft else "timm:resnet18")
@@ -155,10 +161,30 @@ def test_the_specification_is_all_that_a_reader_needs() -> None:
         else:
             gates = stored.tolist()
         assert gates == each[site["name"]].tolist()
-        assert tensors.pop(f"mean/{site['name']}").tolist() == each.means[site["name"]].tolist()
+        assert tensors.pop(f"mean/{site['name']}").tolist() == each.constants[site["name"]].tolist()
     assert [task["name"] for task in header["tasks"]] == list(each.tasks)
     assert tensors.pop("quality/auc").tolist() == [0.5]
     assert not tensors
+
+
+def test_constants_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "optimal.safetensors"
+    OPTIMAL.save(path)
+    opened = nadhooks.load(path)
+    two = opened.select(["t2", "t0"])
+    assert two == OPTIMAL.select(["t2", "t0"])
+    assert two.select("t0").constants["a"].tolist() == [[0, 1, 2, 3]]
+    assert opened.hard() == OPTIMAL
+    with pytest.raises(KeyError):
+        opened.constants["c"]
+    path.write_bytes(changed(OPTIMAL, {"optimal/a": ("F32", [3, 4], struct.pack("12f", *[math.nan] * 12))}))
+    opened = nadhooks.load(path)
+    with pytest.raises(MaskFileError, match="optimal values of 'a' that are not finite"):
+        opened.constants["a"]
+    for tensors in ({"optimal/a": ("F32", [4], bytes(16))}, {"mean/a": ("F32", [4], bytes(16))}):
+        path.write_bytes(changed(OPTIMAL, tensors))
+        with pytest.raises(MaskFileError, match="not a valid mask file"):
+            nadhooks.load(path)
 
 
 def test_bytes_of_the_second_format_stay_what_they_are() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nadhooks.errors import SiteError, TaskError
+from nadhooks.gating import Closed
 from nadhooks.masks import Masks, merge
 from nadhooks.sites import Site
 from nadhooks.tasks import Tasks
@@ -63,7 +64,9 @@ def test_hard_and_select_and_sets() -> None:
     with pytest.raises(TaskError, match="unknown task 0"):
         THREE.select(["t0", "t1"]) & THREE.select(["t1", "t2"])
     with pytest.raises(SiteError, match="closed units put out 'zero', got 'mean'"):
-        THREE & masks([[0, 0, 0, 0]], [[0, 0]], closed="mean", means={"a": torch.zeros(4), "b@input": torch.zeros(2)})
+        THREE & masks(
+            [[0, 0, 0, 0]], [[0, 0]], closed="mean", constants={"a": torch.zeros(4), "b@input": torch.zeros(2)}
+        )
     chosen = THREE.select(["t1", 0])
     assert chosen.tasks == ("t1", "t0")
     assert chosen.labels == (1, 0)
@@ -80,7 +83,7 @@ def test_wrong_values_are_refused() -> None:
         masks([[float("nan"), 0, 0, 0]], [[0, 0]])
     with pytest.raises(SiteError, match=r"a: expected a mask of shape \(1, 4\), got shape \(1, 3\)"):
         masks([[0, 0, 0]], [[0, 0]])
-    with pytest.raises(SiteError, match="needs the units' means"):
+    with pytest.raises(SiteError, match="needs the units' constants"):
         masks([[0, 0, 0, 0]], [[0, 0]], closed="mean")
     with pytest.raises(SiteError, match="no site 'c': the sites are a, b@input"):
         THREE["c"]
@@ -128,6 +131,40 @@ def test_renamed_masks_fit_a_model_with_other_names() -> None:
         masks([[0, 0, 0, 0]], [[0, 0]]).renamed({"a": "b@input", "b": "b"})
 
 
+def optimal(number: int, first: float = 0) -> Masks:
+    """The masks of THREE's first tasks, with constants that count upwards."""
+    some = THREE.select(list(range(number)))
+    constants = {"a": first + torch.arange(4.0 * number).reshape(number, 4), "b@input": torch.ones(number, 2)}
+    return Masks(some.sites, some.values, some.task_rows, some.wiring, "optimal", constants)
+
+
+def test_constants_of_a_tasks_own_go_where_the_task_goes() -> None:
+    three = optimal(3)
+    assert three.select(["t2", "t0"]).constants["a"].tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert three.select("t1").closed == "optimal"
+    assert merge([three.select([0]), three.select([1, 2])]) == three
+    assert (three & optimal(3, 100)).constants["a"].equal(three.constants["a"])
+    assert three != optimal(3, 100)
+    assert three.renamed({"a": "c"}).constants["c"].equal(three.constants["a"])
+    assert pickle.loads(pickle.dumps(three)) == copy.deepcopy(three) == three
+    with pytest.raises(SiteError, match=r"a: closed='optimal' needs the units' constants, shape \(3, 4\)"):
+        Masks(SITES, THREE.values, THREE.task_rows, THREE.wiring, "optimal", {"a": torch.zeros(4)})
+    with pytest.raises(SiteError, match="closed: expected 'zero' or 'mean' or 'optimal', got 'max'"):
+        Masks(SITES, THREE.values, THREE.task_rows, THREE.wiring, "max")  # type: ignore[arg-type]
+    with pytest.raises(SiteError, match="put out 'optimal', got 'zero'"):
+        three & THREE
+
+
+@pytest.mark.parametrize("closed", ["zero", "mean", "optimal"])
+def test_what_closed_units_put_out_has_a_row_for_each_task(closed: Closed) -> None:
+    means = {"a": torch.arange(4.0), "b@input": torch.zeros(2)}
+    constants = {"zero": {}, "mean": means, "optimal": optimal(3).constants}[closed]
+    three = Masks(SITES, THREE.values, THREE.task_rows, THREE.wiring, closed, constants)
+    expected = {"zero": None, "mean": [[0, 1, 2, 3]] * 3, "optimal": torch.arange(12).reshape(3, 4).tolist()}[closed]
+    found = three.closed_values("a")
+    assert (found if found is None else found.tolist()) == expected
+
+
 def test_merged_masks_have_all_tasks_and_what_their_origins_share() -> None:
     one = THREE.select(["t0"]).replaced(provenance={"model": "m", "seed": 1}, quality={"auc": torch.tensor([0.9])})
     two = THREE.select(["t2", "t1"]).replaced(provenance={"model": "m", "seed": 2}, quality={"auc": torch.ones(2)})
@@ -140,7 +177,9 @@ def test_merged_masks_have_all_tasks_and_what_their_origins_share() -> None:
     with pytest.raises(TaskError, match="every task label once, got 0"):
         merge([one, THREE])
     with pytest.raises(SiteError, match="closed units"):
-        merge([one, masks([[0] * 4], [[0] * 2], closed="mean", means={"a": torch.ones(4), "b@input": torch.ones(2)})])
+        merge(
+            [one, masks([[0] * 4], [[0] * 2], closed="mean", constants={"a": torch.ones(4), "b@input": torch.ones(2)})]
+        )
     with pytest.raises(TaskError, match="at least one"):
         merge([])
 

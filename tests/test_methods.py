@@ -123,9 +123,24 @@ def test_shuffling_loaders_give_tasks_the_same_together_and_alone(method: method
     assert any(not torch.equal(other[site], together[site]) for site in SITES)
 
 
+def test_less_to_keep_takes_more_steps_and_as_many_times_the_images() -> None:
+    method = replace(methods.contrastive(images=64), pace=2.0)
+    for share, times in ((0.8, 1), (0.55, 1), (0.275, 4), (0.01, 10)):
+        paced = method.paced(share)
+        assert (paced.steps, paced.images) == (120 * times, 64 * times)
+        assert paced.paced(0.01) == paced  # once only
+    given = methods.contrastive(steps=50, images=7).paced(0.1)
+    assert (given.steps, given.images) == (50, 7)
+
+
 # --- estimators ---
 
-HARD = [methods.straight_through_topk, methods.hard_concrete(), methods.hard_concrete(0.3, (-0.2, 1.2))]
+HARD = [
+    methods.straight_through_topk,
+    methods.perturbed_topk(),
+    methods.hard_concrete(),
+    methods.hard_concrete(0.3, (-0.2, 1.2)),
+]
 
 
 @pytest.mark.parametrize("estimator", HARD)
@@ -172,6 +187,21 @@ def test_straight_through_gates_are_hard_and_pass_gradients_on() -> None:
     (3 * gates["a"].sum()).backward()
     assert first["a"].grad is not None
     assert first["a"].grad.tolist() == [[3] * 4]
+
+
+def test_noise_decides_between_gates_while_much_of_it_is_left() -> None:
+    spread = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.5, -0.2]).std()
+    uniform = {"a": torch.tensor([[0.5, 1.0, 0.5, 0.5]]), "b": torch.tensor([[0.5, 0.5]])}
+    for index, noise, raised in ((0, 1.0, True), (0, 0.2, False), (6, 1.0, False), (7, 1.0, False), (10, 1.0, False)):
+        first = scores()
+        gates = methods.perturbed_topk(noise)(first, replace(step(index), noise=lambda: uniform))
+        left = noise * max(0.0, 1 - index / 7)  # the second unit's score, -1, has to pass the third best, 0.3
+        assert raised == bool(-1 + left * spread * 12**0.5 * 0.5 > 0.3)
+        assert gates["a"].tolist() == [[0 if raised else 1, int(raised), 1, 0]]
+        assert gates["b"].tolist() == [[1, 0]]
+        torch.cat(list(gates.values()), 1).sum().backward()
+        assert first["a"].grad is not None
+        assert first["a"].grad.tolist() == [[1] * 4]
 
 
 def test_hard_concrete_gates_stand_around_the_budgets_threshold() -> None:
@@ -472,7 +502,7 @@ def test_learning_in_lower_precision_finds_the_same_units_and_keeps_scores_in_fu
     for place, sites in ((0, single), (180, torch.bfloat16)):
         assert seen[place : place + 180] == [(single, single, {single}), sites, {single}] * 60
     assert full["conv"].tolist() == low["conv"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]] * 3
-    assert low.means["conv"].dtype == single
+    assert low.constants["conv"].dtype == single
 
 
 # --- means ---
@@ -486,7 +516,7 @@ def test_closed_units_put_out_the_means_that_calibrate_finds(sites: list[str]) -
         with nadhooks.attach(fair_line(), sites, example=images(1)) as gates:
             gates.calibrate(data)
             for site in sites:
-                torch.testing.assert_close(masks.means[site], gates.means[site], rtol=1e-12, atol=1e-14)
+                torch.testing.assert_close(masks.constants[site], gates.constants[site], rtol=1e-12, atol=1e-14)
 
 
 def test_options_are_checked() -> None:

@@ -117,6 +117,19 @@ def test_masks_whose_closed_units_put_out_means_refer_to_those() -> None:
     assert weights(graph)["a:0", "b:0"] == pytest.approx(2.5 - (2.5 + 0.5) / 2)
 
 
+def test_masks_whose_closed_units_put_out_constants_of_the_tasks_own_refer_to_those() -> None:
+    model = Planted().double()
+    with nadhooks.attach(model, ["a", "b"], tasks=2, example=X) as gates:
+        constants = {site.name: torch.tensor([[0.25], [9.0]]).expand(2, site.units) for site in gates.sites}
+        zero = gates.masks()
+        masks = gates.masks_of(zero.task_rows, zero.values, {}, constants)
+    graph = nadhooks.unit_flow(model, masks, 0, X, **EVERYTHING)
+    assert graph.graph["reference"] == "optimal"
+    assert weights(graph)["a:0", "b:0"] == pytest.approx(2.5 - 0.25)
+    with pytest.raises(NadhooksError, match="reference: expected 'zero', 'mean' or what closed units put out"):
+        nadhooks.unit_flow(model, zero, 0, X, reference="optimal", **EVERYTHING)
+
+
 def test_graphs_say_what_they_are_in_plain_values() -> None:
     graph = planted()
     json.dumps(nx.node_link_data(graph, edges="edges"))

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ..data import load_images
 from ..errors import DataError, MaskFileError, NadhooksError
 from ..evaluation import MEASURES, Recognition, quality, recognition, shuffled
 from ..gates import attach
+from ..gating import Closed
 from ..learning import CACHE_BYTES, learn
 from ..masks import Masks, load
 from ..progress import Report, csv_log, tensorboard_log
@@ -77,7 +78,7 @@ def _learning_options(sub: argparse.ArgumentParser) -> None:
     bound = number(float, "a divergence above 0", lambda bound: 0 < bound < math.inf)
     help = "instead of --keep: as little as keeps the held-out divergence from the full network, in nats, at most D"
     sub.add_argument("--fidelity", type=bound, metavar="D", help=help)
-    sub.add_argument("--closed", choices=["zero", "mean"], help="what a closed unit puts out (default: the method's)")
+    sub.add_argument("--closed", choices=get_args(Closed), help="what a closed unit puts out (default: the method's)")
     weight = number(float, "a weight of at least 0", lambda beta: 0 <= beta < math.inf)
     nad = methods.nad().options
     sub.add_argument("--beta", type=weight, help=f"nad only: weight of the penalty (default: {nad['beta']})")

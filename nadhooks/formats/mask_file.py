@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import fastjsonschema
 import networkx as nx
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskFileError
+from ..gating import Closed
 from ..sites import Site
 from ..tasks import LONGEST, TEXT, Tasks
-from .container import Container, of_bytes, of_file, strict_json
+from .container import Container, Entry, of_bytes, of_file, strict_json
 from .writing import write_bytes
 
 KEY = "nadhooks"  # the one key of the safetensors metadata: of several, the order of bytes would vary
@@ -39,23 +40,57 @@ class Parts(NamedTuple):
     values: Mapping[str, Tensor]
     task_rows: Tasks
     wiring: nx.DiGraph
-    closed: Literal["zero", "mean"]
-    means: Mapping[str, Tensor]
+    closed: Closed
+    constants: Mapping[str, Tensor]
     provenance: Mapping[str, Any]
     quality: Mapping[str, Tensor]
 
 
-class StoredValues(Mapping[str, Tensor]):
-    """Gates in a file: {site: (tasks, units) in [0, 1]}, read and unpacked whenever they are asked for."""
+class Stored(Mapping[str, Tensor]):
+    """A tensor per site in a file, KIND/SITE (tasks, units): read when it is asked for, of some tasks if need be."""
 
-    def __init__(self, container: Container, sites: Sequence[Site], rows: Sequence[int] | None = None):
+    def __init__(self, container: Container, sites: Sequence[Site], kind: str, rows: Sequence[int] | None = None):
         self._container, self._sites, self._rows = container, {site.name: site for site in sites}, rows
+        self._kind = kind
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._tensor(name)
+        if not bool(value.isfinite().all()):
+            _refuse(f"{self._kind} values of {name!r} that are not finite")
+        return value
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """Those of some tasks, by row."""
+        mine = range(self._entry(next(iter(self))).shape[0]) if self._rows is None else self._rows
+        return type(self)(self._container, list(self._sites.values()), self._kind, [mine[row] for row in rows])
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._sites:
+            raise KeyError(name)
+        return self._container.entries[f"{self._kind}/{name}"]
+
+    def _tensor(self, name: str) -> Tensor:
+        self._entry(name)
+        return self._container.tensor(f"{self._kind}/{name}", self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sites  # the inherited way would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+class StoredValues(Stored):
+    """Gates in a file: {site: (tasks, units) in [0, 1]}, unpacked when they are read."""
 
     def __getitem__(self, name: str) -> Tensor:
         hard = self._hard(name)
         if hard is not None:
             return hard.float()
-        value = self._container.tensor(f"mask/{name}", self._rows)
+        value = self._tensor(name)
         if not bool(((value >= 0) & (value <= 1)).all()):  # NaN fails too
             _refuse(f"gates of {name!r} outside [0, 1]")
         return value
@@ -65,34 +100,18 @@ class StoredValues(Mapping[str, Tensor]):
         hard = self._hard(name)
         return self[name] > 0.5 if hard is None else hard
 
-    def take(self, rows: Sequence[int]) -> StoredValues:
-        """Those of some tasks, by row."""
-        mine = range(self._container.entries[f"mask/{next(iter(self))}"].shape[0]) if self._rows is None else self._rows
-        return StoredValues(self._container, list(self._sites.values()), [mine[row] for row in rows])
-
     def _hard(self, name: str) -> Tensor | None:
         """(tasks, units) booleans of hard masks; None where the gates are soft."""
-        dtype = self._container.entries[f"mask/{name}"].dtype if name in self._sites else ""
-        if not dtype:
-            raise KeyError(name)
+        dtype = self._entry(name).dtype
         if dtype in SOFT:
             return None
-        stored, units = self._container.tensor(f"mask/{name}", self._rows), self._sites[name].units
+        stored, units = self._tensor(name), self._sites[name].units
         if dtype == "BOOL":
             return stored
         bits = torch.from_numpy(np.unpackbits(stored.numpy(), axis=1, bitorder="little")).bool()
         if bool(bits[:, units:].any()):
             _refuse(f"bits behind the {units} units of {name!r}")
         return bits[:, :units]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._sites  # the inherited way would read the gates
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -110,7 +129,7 @@ def to_bytes(parts: Parts) -> bytes:
     }
     _check(header, "cannot be saved: ")
     tensors = {f"mask/{name}": _packed(value) for name, value in parts.values.items()}
-    tensors |= {f"mean/{name}": value for name, value in parts.means.items()}
+    tensors |= {f"{parts.closed}/{name}": value for name, value in parts.constants.items()}
     tensors |= {f"quality/{name}": value.float() for name, value in parts.quality.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -145,7 +164,7 @@ def _parts(container: Container) -> Parts:
         _refuse("a site that is there twice, or called input or output")
     tasks = _tasks(header["tasks"])
     expected = {f"mask/{name}" for name in names}
-    expected |= {f"mean/{name}" for name in names if header["closed"] == "mean"}
+    expected |= {f"{header['closed']}/{name}" for name in names if header["closed"] != "zero"}
     for name in container.entries:
         if name not in expected and not name.startswith("quality/"):
             _refuse(f"a tensor {name!r} that its header does not speak of")
@@ -153,15 +172,20 @@ def _parts(container: Container) -> Parts:
         bits = [len(tasks), -(-site.units // 8)] if header["format"] > 1 else [len(tasks), site.units]
         hard = HARD if header["format"] > 1 else "BOOL"
         _check_tensor(container, f"mask/{site.name}", {hard: bits} | {soft: [len(tasks), site.units] for soft in SOFT})
-    means = _small(container, {f"mean/{site.name}": [site.units] for site in sites if header["closed"] == "mean"})
-    if not all(bool(mean.isfinite().all()) for mean in means.values()):
-        _refuse("means that are not finite")
+    constants: Mapping[str, Tensor] = {}
+    if header["closed"] == "mean":
+        constants = _small(container, {f"mean/{site.name}": [site.units] for site in sites})
+        if not all(bool(mean.isfinite().all()) for mean in constants.values()):
+            _refuse("means that are not finite")
+    elif header["closed"] == "optimal":
+        for site in sites:
+            _check_tensor(container, f"optimal/{site.name}", {soft: [len(tasks), site.units] for soft in SOFT})
+        constants = Stored(container, sites, "optimal")
     quality = _small(container, {name: [len(tasks)] for name in container.entries if name.startswith("quality/")})
     if not all(TEXT.fullmatch(name) for name in quality):
         _refuse("a measure of quality with a name that is none")
-    values = StoredValues(container, sites)
-    provenance = header["provenance"]
-    return Parts(sites, values, tasks, _wiring(header["wiring"], names), header["closed"], means, provenance, quality)
+    values, wiring = StoredValues(container, sites, "mask"), _wiring(header["wiring"], names)
+    return Parts(sites, values, tasks, wiring, header["closed"], constants, header["provenance"], quality)
 
 
 # --- the header ------------------------------------------------------------------------------------------------------

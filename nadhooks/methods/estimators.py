@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .parts import Estimator, Step, Table, Update
 
+ANNEALED = 0.7  # of the steps; what is left fits the gates that are kept in the end
+
 # --- estimators: scores -> gates in [0, 1] ---------------------------------------------------------------------------
 
 
@@ -23,6 +25,25 @@ def straight_through_topk(scores: Table, step: Step) -> Table:
     """Hard gates of the highest scores within the budget; gradients pass to the scores unchanged."""
     hard = step.best(scores)
     return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
+
+
+def perturbed_topk(noise: float = 1.5) -> Estimator:
+    """`straight_through_topk` of scores with uniform noise, less and less of it over the first 70 % of the steps.
+
+    Which units are within the budget varies, so that gradients are not those of one choice alone; without noise units
+    once ahead stay there. noise: its standard deviation at first, as a multiple of that of a task's scores.
+    """
+
+    def estimator(scores: Table, step: Step) -> Table:
+        size = noise * max(0.0, 1 - step.index / (ANNEALED * step.total))
+        if size == 0:
+            return straight_through_topk(scores, step)
+        spread = size * torch.cat([score.detach() for score in scores.values()], 1).std(1, keepdim=True)  # (tasks, 1)
+        random = {site: math.sqrt(12) * (uniform - 0.5) for site, uniform in step.noise().items()}
+        hard = step.best({site: score.detach() + spread * random[site] for site, score in scores.items()})
+        return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
+
+    return estimator
 
 
 def hard_concrete(temperature: float = 2 / 3, stretch: tuple[float, float] = (-0.1, 1.1)) -> Estimator:
@@ -68,8 +89,8 @@ def normalised_step(lr: float) -> Update:
     return update
 
 
-def momentum_step(momentum: float, over: Literal["network", "site"] = "network") -> Update:
-    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task; scores −= ½(1 + cos(π s/S)) m.
+def momentum_step(momentum: float, over: Literal["network", "site"] = "network", rate: float = 1.0) -> Update:
+    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task; scores −= rate · ½(1 + cos(π s/S)) m.
 
     over: units and norm are those of all sites, or those of each site, which then move alike whatever they count.
     """
@@ -80,7 +101,7 @@ def momentum_step(momentum: float, over: Literal["network", "site"] = "network")
         return math.sqrt(gradient.shape[1]) / norm * gradient
 
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
-        rate = (1 + math.cos(math.pi * step.index / step.total)) / 2
+        now = rate * (1 + math.cos(math.pi * step.index / step.total)) / 2
         if over == "site":
             directions = [scaled(gradient) for gradient in gradients.values()]
         else:
@@ -88,7 +109,7 @@ def momentum_step(momentum: float, over: Literal["network", "site"] = "network")
             directions = list(scaled(torch.cat(list(gradients.values()), 1)).split(sizes, 1))
         for site, direction in zip(gradients, directions, strict=True):
             state[site] = momentum * state[site] + direction if site in state else direction
-            scores[site] -= rate * state[site]
+            scores[site] -= now * state[site]
 
     return update
 
@@ -123,4 +144,4 @@ def cubic(index: int, total: int) -> float:
 
     Never 1: with every gate open the loss has no gradient, and a normalised step would be one of rounding errors.
     """
-    return (1 - min(1.0, (index + 1) / (0.7 * total))) ** 3
+    return (1 - min(1.0, (index + 1) / (ANNEALED * total))) ** 3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from .estimators import cubic, momentum_step, near_zero, straight_through_topk
+from .estimators import cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
 PACE = {"contrastive": 2.35, "class-only": 1.0}  # 120 steps for a share of 0.55 and 500 for one of 0.3 came out well
@@ -21,23 +21,30 @@ def contrastive(
     negatives: int = 2,
     momentum: float = 0.8,
     activation: float = 1.0,
-    contrast: float = 4.0,
+    contrast: float = 5.0,
+    noise: float = 1.5,
+    constants: float = 0.0005,
     images: int = 64,
     output: Output = "softmax",
 ) -> Method:
     """Keeps the units that a task needs to say yes to its own samples and no to others.
 
     Scores start near 0; each pass uses the hard gates of the highest scores over all sites, a share that falls from 1
-    to `keep` along a cubic; gradients go straight through to the scores, in steps of one length for each task. Loss of
-    a task: −log p(class), mean over positives, plus `contrast` × the KL divergence of "this class or another" from the
-    full network, mean over uniformly drawn negatives, plus `activation` × the mean over sites of the relative squared
-    change of the activations, on positives and on negatives.
+    to `keep` along a cubic, with noise of `noise` times their standard deviation at first and none in the end;
+    gradients go straight through to the scores, in steps of one length for each task. What closed units put out is
+    learnt along with them, in steps of `constants` standard deviations of each unit. Loss of a task: −log p(class),
+    mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full network, mean over
+    uniformly drawn negatives, plus `activation` × the mean over sites of the relative squared change of the
+    activations, on positives and on negatives.
 
-    steps: by default 120 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory.
+    steps: by default 120 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
+        more of them as there are more steps, unless `steps` is given.
     """
-    return _straight_through(
-        "contrastive", steps, 120, positives, negatives, momentum, activation, contrast, images, output
+    method = _straight_through(
+        "contrastive", steps, 120, positives, negatives, momentum, activation, contrast, constants, images, output
     )
+    options = {**method.options, "noise": noise}
+    return replace(method, estimator=perturbed_topk(noise), closed="optimal", options=options)
 
 
 def class_only(
@@ -46,6 +53,7 @@ def class_only(
     positives: int = 2,
     momentum: float = 0.9,
     activation: float = 3.0,
+    constants: float = 0.0005,
     images: int = 32,
     output: Output = "softmax",
 ) -> Method:
@@ -54,7 +62,9 @@ def class_only(
     They are held to the full network's answer by the same KL divergence: to ask for the class, with nothing to say no
     to, would be to ask for a network that answers it to everything. steps: by default 40 for a `keep` of 0.55.
     """
-    return _straight_through("class-only", steps, 40, positives, 0, momentum, activation, 0.0, images, output)
+    return _straight_through(
+        "class-only", steps, 40, positives, 0, momentum, activation, 0.0, constants, images, output
+    )
 
 
 def from_objective(objective: Objective) -> Method:
@@ -65,7 +75,7 @@ def from_objective(objective: Objective) -> Method:
     name = getattr(objective, "__name__", type(objective).__name__)
     draws = {"steps": 0, "positives": 0, "negatives": 0, "images": 0}
     method = replace(contrastive(output="any"), name=name, objective=objective, compares=True, options=draws)
-    return replace(method, update=momentum_step(0.8, over="site"))
+    return replace(method, update=momentum_step(0.8, over="site"), closed="mean")
 
 
 def _straight_through(
@@ -77,18 +87,20 @@ def _straight_through(
     momentum: float,
     activation: float,
     contrast: float,
+    constants: float,
     images: int,
     output: Output,
 ) -> Method:
     pace = PACE[name] if steps is None else 0.0
     steps = usual if steps is None else steps
     options: dict[str, float | str] = {"steps": steps, "positives": positives, "negatives": negatives}
-    options |= {"momentum": momentum, "activation": activation, "images": images}
+    options |= {"momentum": momentum, "activation": activation, "constants": constants, "images": images}
     options |= ({"contrast": contrast} if negatives else {}) | ({} if output == "softmax" else {"output": output})
     return Method(
         name, _fidelity(activation, contrast, output), straight_through_topk, momentum_step(momentum), near_zero,
         "balanced", "mean", 0.55, schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=pace,
         positives=positives, negatives=negatives, images=images, options=options,
+        closing=momentum_step(0.8, over="site", rate=constants),
     )  # fmt: skip
 
 

@@ -85,7 +85,9 @@ class Method:
         which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`. ranks: it says what
         units count, not how far outputs are from the full network's; fidelity is then that of softmax classes.
     keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share
-        below 0.55, `steps` times (0.55 / share) to this power, at most ten times as many.
+        below 0.55, `steps` and `images` times (0.55 / share) to this power, at most ten times as many.
+    closing: with `closed` "optimal", the update of what closed units put out, {site: (tasks, units)} in standard
+        deviations of the unit from its mean. None where that cannot be learnt.
     """
 
     name: str
@@ -94,7 +96,7 @@ class Method:
     update: Update
     initial: Callable[[int, torch.Generator], Tensor]
     sampling: Literal["own", "balanced", "each"]
-    closed: Literal["zero", "mean"]
+    closed: Literal["zero", "mean", "optimal"]
     keep: float | None
     schedule: Callable[[int, int], float] = lambda index, total: 0.0
     output: Output = "softmax"
@@ -107,6 +109,7 @@ class Method:
     positives: int = 0
     negatives: int = 0
     images: int | None = None
+    closing: Update | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
@@ -115,9 +118,10 @@ class Method:
         return {name: value if value and now[name] is None else now[name] for name, value in self.options.items()}
 
     def paced(self, share: float) -> Method:
-        """With as many steps as so much to close takes."""
-        steps = round(self.steps * min(10.0, max(1.0, (0.55 / share) ** self.pace)))
-        return replace(self, steps=steps, pace=0.0)
+        """With as many steps as so much to close takes, and images for them: none comes oftener than in fewer steps."""
+        times = min(10.0, max(1.0, (0.55 / share) ** self.pace))
+        images = self.images and round(self.images * times)
+        return replace(self, steps=round(self.steps * times), images=images, pace=0.0)
 
     def __post_init__(self) -> None:
         needed = ("epochs", "batch") if self.sampling == "own" else ("steps", "positives")

@@ -55,6 +55,7 @@ PARTS = ("nad", "class-only", "contrastive", "curve", "steps", "memory", "plante
 OWN_IMAGES = 512  # per class, as many as make the reference's 21 epochs 672 steps of 16
 SHARES = (0.9, 0.7, 0.55, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
 BASELINES = ("random", "activation", "taylor", "routing")
+CLOSED: dict[str, Sequence[str]] = {"optimal": (), "mean": BASELINES, "zero": BASELINES}  # what of them is compared
 FIGURES = ("kept", "recall", "fpr", "auc", "fpr95")
 COLOURS = {
     "contrastive": "#D55E00",
@@ -294,9 +295,9 @@ def curve(bench: Bench, options: argparse.Namespace) -> Curve:
     found: Curve = {}
     table = Table("share", "closed", *("contrastive", *BASELINES), box=None, header_style="bold",
                   title=f"{bench.name}: AUC (recall / false positives) at each share kept")  # fmt: skip
-    for closed in ("mean", "zero"):
+    for closed, compared in CLOSED.items():
         for share in options.shares:
-            for method in ("contrastive", *BASELINES):
+            for method in ("contrastive", *compared):
                 masks = [
                     bench.learn(method=method, keep=share, closed=closed, seed=seed)
                     for seed in range(options.curve_seeds)
@@ -305,15 +306,15 @@ def curve(bench: Bench, options: argparse.Namespace) -> Curve:
                 console.print(
                     f"{closed}, {share:g}, {method}: AUC {found[method, closed, share][3]:.3f}", highlight=False
                 )
-            cells = [found[method, closed, share] for method in ("contrastive", *BASELINES)]
+            cells = [found[method, closed, share] for method in ("contrastive", *compared)]
             table.add_row(f"{share:g}", closed, *(f"{x[3]:.3f} ({x[1]:.2f} / {x[2]:.2f})" for x in cells))
     console.print(table)
-    for closed in ("mean", "zero"):
+    for closed in CLOSED:
         lost = [
-            f"{share:g} ({method})"
-            for share in options.shares
-            for method in BASELINES
-            if found["contrastive", closed, share][3] < found[method, closed, share][3]
+            f"{share:g} ({method}, {kind})"
+            for method, kind, share in found
+            if method != "contrastive" and (kind == closed or closed == "optimal")
+            if found["contrastive", closed, share][3] < found[method, kind, share][3]
         ]
         verdict = f"not at {', '.join(lost)}" if lost else "at every share"
         console.print(
@@ -323,7 +324,7 @@ def curve(bench: Bench, options: argparse.Namespace) -> Curve:
 
 
 def draw(curves: dict[str, Curve], path: Path) -> None:
-    """A panel for each network: AUC against the share kept, solid for the mean, dashed for zero."""
+    """A panel for each network: AUC against the share kept, bold for what is optimal, dashed for zero."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -333,17 +334,19 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.6), sharey=True, squeeze=False)
     for panel, (name, found) in zip(axes[0], curves.items(), strict=True):
         for (method, colour), marker in zip(COLOURS.items(), "osv^D", strict=True):
-            for closed, style in (("mean", "-"), ("zero", "--")):
+            for closed, style in (("optimal", "-"), ("mean", "-"), ("zero", "--")):
                 shares = sorted(share for what, how, share in found if (what, how) == (method, closed))
                 panel.plot(
                     shares, [found[method, closed, share][3] for share in shares], style, color=colour, marker=marker,
-                    markersize=4, linewidth=2 if method == "contrastive" else 1.2,
+                    markersize=6 if closed == "optimal" else 4, linewidth=3 if closed == "optimal" else 1.2,
                     label=method if closed == "mean" else None,
                 )  # fmt: skip
         panel.set(title=name, xlabel="share of units kept", ylim=(0.38, 1.01))
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("AUC, class against the rest")
-    axes[0][-1].plot([], [], "k--", linewidth=1.2, label="closed to zero, not mean")
+    axes[0][-1].plot([], [], "k-", linewidth=3, label="closed to what is optimal")
+    axes[0][-1].plot([], [], "k-", linewidth=1.2, label="closed to the mean")
+    axes[0][-1].plot([], [], "k--", linewidth=1.2, label="closed to zero")
     axes[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -441,16 +444,18 @@ def on_planted(options: argparse.Namespace) -> None:
                   title=f"F1 of the planted parts, means over classes and {options.seeds} seeds")  # fmt: skip
     exact, cases = 0, 0
     for kind in planted.KINDS:
-        for closed in ("mean", "zero"):
-            found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for closed in CLOSED:
+            found: dict[str, list[Tensor]] = {
+                name: [] for name in names if closed != "optimal" or methods.METHODS[name]().closing
+            }
             for seed in range(options.seeds):
                 plant = planted.planted(*kind, seed=seed)
-                for name in names:
+                for name in found:
                     keep = None if name == "nad" else plant.keep
                     masks = plant.learn(method=name, keep=keep, closed=closed, seed=seed)
                     found[name].append(plant.f1(masks.hard().values))
             figures = {name: float(torch.stack(rows).mean()) for name, rows in found.items()}
-            table.add_row(plant.name, closed, *(f"{figures[name]:.2f}" for name in names))
+            table.add_row(plant.name, closed, *(f"{figures[name]:.2f}" if name in found else "" for name in names))
             exact += sum(bool((row == 1).all()) for row in found["contrastive"])
             cases += len(found["contrastive"])
     console.print(table)
