@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import objectives
-from .learner import HELD_OUT_DRAWS, Found, Learner, on_device, terms_of
+from .learner import HELD_OUT_DRAWS, Found, Learner, by_sample, on_device, terms_of
 from .sampling import SAMPLES_PER_PASS, balanced_batches
 from .teaching import Teacher
 
@@ -76,7 +76,7 @@ def divergence(learner: Learner, learnt: Found) -> Tensor:
         for batch in balanced_batches(learner.held, learner.data, tasks, method, learner.seed):
             moving = on_device(batch.samples, teacher.forward.device)
             answers = teacher.of(batch.inputs, batch.keys)
-            handed = ({name: value[moving.rows] for name, value in part.items()} for part in (table, constants))
+            handed = by_sample(table, moving.rows), by_sample(constants, moving.rows)
             with torch.no_grad(), learner.gates.apply(*handed):
                 student = teacher.forward(batch.inputs, len(batch.keys))
                 if method.output == "any":

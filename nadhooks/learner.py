@@ -181,7 +181,7 @@ class Learner:
     def constants(self, offsets: Table) -> Table:
         """What closed units put out."""
         means = self.gates.constants
-        return {site: means[site].to(x) + self.deviations[site] * x for site, x in offsets.items()}
+        return {site: torch.addcmul(means[site].to(x), self.deviations[site], x) for site, x in offsets.items()}
 
     def learn(self, selection: Selection | None) -> Learnt:
         """What the method learns for all tasks, with so much to keep."""
@@ -234,10 +234,9 @@ class Learner:
 
         def noise() -> Table:
             random = [generator(self.seed, label, "noise", index) for label in labels]
-            return {
-                site.name: torch.stack([torch.rand(site.units, generator=task) for task in random]).to(logits)
-                for site, logits in zip(self.gates.sites, self.gates.parameters(), strict=True)
-            }
+            units = [site.units for site in self.gates.sites]
+            drawn = torch.stack([torch.rand(sum(units), generator=task) for task in random]).split(units, 1)
+            return {name: part.to(x) for (name, x), part in zip(self.gates.logits.items(), drawn, strict=True)}
 
         return Step(index, self.method.steps, left, best, noise)
 
@@ -274,10 +273,7 @@ class Learner:
             leaves = [{site: x.detach().requires_grad_() for site, x in part.items()} for part in learnt]
             table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
             moving = on_device(batch.samples, self.teacher.forward.device)
-            gated = self.gates.apply(
-                {site: gate[moving.rows] for site, gate in table.items()},
-                {site: constants[moving.rows] for site, constants in self.constants(leaves[1]).items()},
-            )
+            gated = self.gates.apply(by_sample(table, moving.rows), by_sample(self.constants(leaves[1]), moving.rows))
             with gated, self.teacher.forward.fused:
                 terms = self.terms(batch, moving, table)
                 shown = moving.rows.unique()  # a penalty must not move tasks that the batch does not show
@@ -367,6 +363,14 @@ class Learner:
             self.gates, self.held_out.loader, masks, outputs=self.held_out.meaning, output=self.method.output
         )
         return quality(found)
+
+
+def by_sample(table: Table, rows: Tensor) -> Table:
+    """(tasks, units) -> (samples, units), all sites in one go: many small operations cost more than a large one."""
+    if not table:
+        return {}
+    wide = torch.cat(list(table.values()), 1).index_select(0, rows)
+    return dict(zip(table, wide.split([x.shape[1] for x in table.values()], 1), strict=True))
 
 
 def on_device(samples: Samples, device: torch.device) -> Samples:

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import timm
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 
 import nadhooks
 from nadhooks.evaluation import Verification
+from nadhooks.gating import Closed
 
 from .networks import ADAMW, pixels, resnet, trained, vgg
 
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="of each class, for the graph and for its proof")
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--reference", choices=["zero", "mean"], help="by default the masks' own, mean")
+    parser.add_argument("--reference", choices=get_args(Closed), help="by default the masks' own, optimal")
     parser.add_argument("--estimator", choices=["gradient", "midpoint"], default="midpoint")
     parser.add_argument("--units", type=int, default=12)
     options = parser.parse_args()
