@@ -242,6 +242,10 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         (["sites", "timm:resnet81"], "timm has no model 'resnet81'"),
         (["sites", MODEL, "--sites", "layer9"], "no module name matches 'layer9'"),
         (["sites", MODEL, "--device", "nonsense"], "--device nonsense cannot be used here"),
+        (
+            [*LEARN, "--tasks", "0", "1", "--method", "nad", "--closed", "optimal"],
+            "closed: expected 'zero' or 'mean', got 'optimal', which is learnt",
+        ),
         (["learn", MODEL, "--data", "nowhere"], "expected a directory of images or one of digits, fashion-mnist"),
         (["learn", MODEL, "--data", "digits", "-o", "no/m.safetensors"], "cannot write no/m.safetensors: no is not"),
         (["learn", MODEL, "--data", "digits", "-o", "."], "cannot write .: it is a directory; name a file"),

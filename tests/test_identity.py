@@ -116,6 +116,27 @@ def test_not_strictly_loads_what_fits_and_lists_the_rest() -> None:
     assert "strict=False" not in str(caught.value)  # nothing fits
 
 
+def test_constants_of_sites_that_do_not_fit_are_not_missed() -> None:
+    zero = masks_of(net(), tasks=2)
+    with nadhooks.attach(net(), "[13]", tasks=2, example=X) as gates:
+        constants = {site.name: torch.arange(2.0 * site.units).reshape(2, -1) for site in gates.sites}
+        masks = gates.masks_of(gates.task_rows, zero.values, {}, constants)
+    with nadhooks.attach(net(width=8), ["0", "[13]"], example=X) as gates:
+        gates.load(masks, strict=False)
+        loaded = gates.masks()
+        assert loaded.closed == "optimal"
+        assert torch.equal(loaded.constants["3"], masks.constants["3"])
+        assert loaded.constants["0"].shape == (2, 8)
+        seen: dict[str, torch.Tensor] = {}
+        for task in (0, 1):
+            with gates(task), gates.watch(lambda site, x: seen.update({site.name: x})), torch.no_grad():
+                gates.attached()(X)
+            shut = masks["3"][task] == 0
+            put_out = seen["3"].movedim(1, -1)[..., shut]
+            assert shut.any()
+            assert torch.equal(put_out, constants["3"][task, shut].expand_as(put_out))
+
+
 def test_means_of_sites_that_do_not_fit_are_not_missed() -> None:
     with nadhooks.attach(net(), "[13]", example=X) as gates:
         gates.calibrate([X])
