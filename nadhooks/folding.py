@@ -24,8 +24,8 @@ from . import zoo
 from .comparing import close, difference, largest, outputs, varied
 from .errors import ModelError, TaskError
 from .gated import put_gate
-from .gates import bare_copy, check_model
 from .gating import gate
+from .hookable import bare_copy, check_model
 from .hooking import on_site
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
 from .masks import Masks

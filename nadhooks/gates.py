@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
@@ -11,15 +10,15 @@ from typing import Any, NamedTuple, cast, get_args
 import networkx as nx
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from . import zoo
 from ._version import __version__
 from .acting import Passing, SiteGate, forget_compiled, known_open
 from .batching import moved
-from .errors import ModelError, NadhooksError, SiteError, TaskError
+from .errors import NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
-from .hooking import Handle, SiteHook, WithinHook, on_site
+from .hookable import check_model
+from .hooking import Handle, on_site
 from .identity import structure_of, unlike, without_wrappers
 from .masks import Masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
@@ -453,49 +452,3 @@ def _parameters_behind(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
     ordered = [first[module] for module in dict.fromkeys(site.module for site in sites)]
     counts = parameters_behind(seen, [(site.module, site.side == "output") for site in ordered])
     return {site.name: count for site, count in zip(ordered, counts, strict=True)}
-
-
-def bare_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model without the hooks of gates, whoever attached them; other hooks come along."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        memo |= {id(owner): owner for owner in map(_owner, hooks) if isinstance(owner, OURS)}
-        # what a module has cached in a forward pass with gradients refuses to be copied
-        cached = (x for x in pytree.tree_leaves(list(vars(module).values())) if isinstance(x, Tensor) and not x.is_leaf)
-        memo |= {id(x): x.detach().clone() for x in cached}
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            for key, hook in list(getattr(module, kind).items()):
-                if isinstance(_owner(hook), OURS):
-                    for table in [name for name in vars(module) if name.startswith(kind)]:  # with what goes by its key
-                        getattr(module, table).pop(key, None)
-    return copied
-
-
-OURS = (SiteHook, WithinHook, Passing)
-
-
-def _owner(hook: Any) -> Any:
-    """What a hook belongs to: the object of a method, or itself."""
-    return getattr(hook, "__self__", hook)
-
-
-def check_model(model: nn.Module) -> None:
-    """Raises ModelError for models that hooks do not work on: scripted, quantised and compiled ones."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{where} is a ScriptModule, which refuses hooks; attach to the original module")
-        quantised = "quantized" in type(module).__module__ and type(module).__module__.startswith("torch.")
-        if quantised and type(module).__name__ != "FloatFunctional":  # which a model ready to be quantised has
-            raise ModelError(
-                f"{where} is quantised ({type(module).__name__}): it computes with whole numbers and has no gradients; "
-                "attach to the floating-point model, and quantise that after"
-            )
-        # torch.compile(model), or model.compile()
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ModelError(f"{where} is compiled, and hooks attached now would be ignored; attach, then compile")

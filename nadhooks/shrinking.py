@@ -28,7 +28,7 @@ from . import zoo
 from .comparing import close, difference, largest, outputs, varied
 from .errors import ModelError, NadhooksError
 from .gated import Gated
-from .gates import bare_copy, check_model
+from .hookable import bare_copy, check_model
 from .layers import own, put
 from .tracing import call_model, has_weights, layer_axis, undisturbed
 

@@ -34,6 +34,7 @@ FLOORS = [
     {"methods", "fusing", "formats.mask_file", "comparing", "checkpoints", "progress"},
     {"masks", "sampling", "ownership", "shortcut"},
     {"wiring", "identity", "layers", "gated", "acting"},
+    {"hookable"},
     {"gates", "flow", "seeing", "segments", "analysis"},
     {"teaching", "evaluation.recognition", "folding", "shrinking"},
     {"learner"},
