@@ -1,6 +1,6 @@
 """What learning costs and what its masks are worth, beside the authors' algorithm, the floor, and other rankings.
 
-    python -m tests.benchmarks.learning            # some 90 minutes on an idle core (estimated), half for the curve
+    python -m tests.benchmarks.learning            # some 2 hours on an idle core (estimated), half for the curve
     python -m tests.benchmarks.learning --quick    # 5 to 10 minutes: one network, three classes, one seed
     python -m tests.benchmarks.learning --parts curve --figure docs/images/learning-curve.svg
 
@@ -347,7 +347,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     axes[0][-1].plot([], [], "k-", linewidth=3, label="closed to what is optimal")
     axes[0][-1].plot([], [], "k-", linewidth=1.2, label="closed to the mean")
     axes[0][-1].plot([], [], "k--", linewidth=1.2, label="closed to zero")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right", labelspacing=0.2)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
