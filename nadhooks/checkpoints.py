@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from .batching import moved
 from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
@@ -63,15 +64,15 @@ class Checkpoint:
                     "another file"
                 )
             device = next(x.device for table in tables.values() for x in table.values())
-            return Stand(stand.step, _each(stand.tables, lambda x: x.to(device)))
-        self.phases.append(Stand(0, _each(tables)))
-        return Stand(0, _each(tables))
+            return Stand(stand.step, moved(stand.tables, device))
+        self.phases.append(Stand(0, _copied(tables)))
+        return Stand(0, _copied(tables))
 
     def note(self, index: int, tables: Tables) -> None:
         """After so many steps of the phase; -1 when it is finished. Writes if it is time to."""
         if self.path is None:
             return
-        self.phases[self.phase] = Stand(index, _each(tables))
+        self.phases[self.phase] = Stand(index, _copied(tables))
         if time.monotonic() - self.written >= self.every:
             self.write()
 
@@ -132,8 +133,8 @@ class Checkpoint:
         return phases
 
 
-def _each(tables: Tables, change: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, dict[str, Tensor]]:
-    return {part: {name: change(x) for name, x in table.items()} for part, table in tables.items()}
+def _copied(tables: Tables) -> dict[str, dict[str, Tensor]]:
+    return {part: dict(table) for part, table in tables.items()}
 
 
 def _short(value: object) -> str:

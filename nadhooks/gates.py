@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple, cast, get_args
 
 import networkx as nx
@@ -417,10 +417,10 @@ class _Activation:
         gates: Gates,
         rows: Tensor | None = None,
         values: Mapping[str, Tensor] | None = None,
-        closed: Mapping[str, Tensor] = MappingProxyType({}),
+        closed: Mapping[str, Tensor] | None = None,
     ):
         gates.attached()
-        self._gates, self._state = gates, (rows, values, closed)
+        self._gates, self._state = gates, (rows, values, closed or {})
         self._before: list[tuple[Tensor | None, Mapping[str, Tensor] | None, Mapping[str, Tensor]]] = []
 
     def __enter__(self) -> Gates:

@@ -34,11 +34,6 @@ def gate(
     has x's dtype: a float32 gate must not promote an output under autocast. overwrite: into x itself, where c is zero.
     An x that is not finite stays so under a gate of 0, as 0·∞ is no number; `with_closed` replaces it.
     """
-    if x.shape[0] % g.shape[0]:
-        raise TaskError(
-            f"expected {g.shape[0]} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
-            "pass one label per sample, or one task for the whole batch"
-        )
     g = _spread(g, x, axis, block, alternating, views)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return x.mul_(g) if overwrite else g * x
@@ -66,7 +61,12 @@ def _spread(
 ) -> Tensor:
     """(units,) or (batch or 1, units) in the shape of x, of size 1 where all are alike."""
     rows = torch.atleast_2d(rows)
-    if len(rows) > 1 and len(rows) != x.shape[0]:
+    if len(rows) not in (1, x.shape[0]):
+        if x.shape[0] % len(rows):
+            raise TaskError(
+                f"expected {len(rows)} samples on axis 0, one per label, got a tensor of shape {tuple(x.shape)}; "
+                "pass one label per sample, or one task for the whole batch"
+            )
         times = x.shape[0] // len(rows)
         rows = rows.repeat(times, 1) if views else rows.repeat_interleave(times, 0)
     rows = positions(rows.to(device=x.device, dtype=dtype or x.dtype), block, alternating)

@@ -283,10 +283,10 @@ class Learner:
                 gradients = torch.autograd.grad(losses.sum(), moved, materialize_grads=True)
             self.check(losses, gradients, index)
             with torch.no_grad():
-                found = iter(gradients)
-                for update, part, state in zip((method.update, method.closing), learnt, states, strict=True):
+                updates, halves = (method.update, method.closing), (gradients[: len(table)], gradients[len(table) :])
+                for update, part, state, half in zip(updates, learnt, states, halves, strict=True):
                     if part and update:
-                        update(part, dict(zip(part, found, strict=False)), step, state)
+                        update(part, dict(zip(part, half, strict=True)), step, state)
             self.checkpoint.note(index + 1, tables)
             if self.reports:
                 parts = {name: term[shown] for name, term in terms.items()}

@@ -361,6 +361,30 @@ def test_gradients_lead_into_what_closed_units_put_out() -> None:
     torch.testing.assert_close(closed.grad, expected, rtol=0, atol=1e-14)
 
 
+def test_batches_without_samples_pass() -> None:
+    model, x = seeded(Mlp), vectors()[:0]
+    with nadhooks.attach(model, "act", tasks=2, example=vectors()) as gates:
+        none = torch.zeros(0, dtype=torch.long)
+        with gates(none):
+            assert model(x).shape == (0, 3)
+        gates.load(gates.masks_of(gates.task_rows, gates.masks().values, {}, constants(1, 2)))
+        with torch.no_grad():
+            gates.logits["act"].zero_()
+        with gates(none):
+            assert model(x).shape == (0, 3)
+
+
+def test_closed_values_are_one_for_each_sample() -> None:
+    model, x = seeded(Mlp), vectors(4)
+    shut, three = {"act": torch.zeros(7)}, {"act": torch.zeros(3, 7)}
+    with (
+        nadhooks.attach(model, "act", example=x) as gates,
+        gates.apply(shut, three),
+        pytest.raises(TaskError, match="expected 3 samples on axis 0"),
+    ):
+        model(x)
+
+
 def test_constants_are_not_had_by_attaching() -> None:
     with pytest.raises(NadhooksError, match=r"'zero' or 'mean', got 'optimal', which is learnt: by nadhooks\.learn"):
         nadhooks.attach(seeded(Mlp), "act", closed="optimal", example=vectors())

@@ -68,7 +68,7 @@ def to_html(graph: nx.DiGraph, kept: Kept | None = None) -> str:
 
 
 def _part(file: str) -> str:
-    return resources.files(__package__).joinpath("page", file).read_text(encoding="utf-8")
+    return (resources.files(__package__) / "page" / file).read_text(encoding="utf-8")
 
 
 def _packed(rows: np.ndarray) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn
 
 import fastjsonschema
 import networkx as nx
@@ -59,7 +59,7 @@ class Stored(Mapping[str, Tensor]):
             _refuse(f"{self._kind} values of {name!r} that are not finite")
         return value
 
-    def take(self, rows: Sequence[int]) -> Self:
+    def take(self, rows: Sequence[int]) -> Stored:
         """Those of some tasks, by row."""
         mine = range(self._entry(next(iter(self))).shape[0]) if self._rows is None else self._rows
         return type(self)(self._container, list(self._sites.values()), self._kind, [mine[row] for row in rows])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..batching import pick
 from ..errors import LearningError
+from ..gating import Closed
 from ..objectives import Output
 
 Table = dict[str, Tensor]  # {site: (tasks, units)}
@@ -96,7 +97,7 @@ class Method:
     update: Update
     initial: Callable[[int, torch.Generator], Tensor]
     sampling: Literal["own", "balanced", "each"]
-    closed: Literal["zero", "mean", "optimal"]
+    closed: Closed
     keep: float | None
     schedule: Callable[[int, int], float] = lambda index, total: 0.0
     output: Output = "softmax"
