@@ -44,6 +44,19 @@ def binary_kl(outputs: Tensor, teacher: Tensor, classes: Tensor, output: Output 
     return (before.exp() * (before - after)).sum(1)
 
 
+def spread(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
+    """How far apart a sample's logits are, squared: (batch, classes) -> (batch,).
+
+    Their variance, those at −∞ left out; with "sigmoid" the square of the class's own logit. classes: as for
+    `cross_entropy`.
+    """
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    if output == "sigmoid":
+        return _own(outputs, classes).amax(1).to(dtype).square()
+    finite = outputs.to(dtype).masked_fill(outputs.isinf(), torch.nan)
+    return (finite - finite.nanmean(1, keepdim=True)).square().nanmean(1)
+
+
 def log_probability(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
     """log p(class), (batch,)."""
     return _binary_log(outputs, classes, output)[:, 0]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks import methods, sampling
+from nadhooks import methods, objectives, sampling
 from nadhooks.budgets import Budget
 from nadhooks.errors import LearningError, NadhooksError, SiteError, TaskError
 from nadhooks.masks import Masks
@@ -127,7 +127,7 @@ def test_less_to_keep_takes_more_steps_and_as_many_times_the_images() -> None:
     method = replace(methods.contrastive(images=64), pace=2.0)
     for share, times in ((0.8, 1), (0.55, 1), (0.275, 4), (0.01, 10)):
         paced = method.paced(share)
-        assert (paced.steps, paced.images) == (120 * times, 64 * times)
+        assert (paced.steps, paced.images) == (method.steps * times, 64 * times)
         assert paced.paced(0.01) == paced  # once only
     given = methods.contrastive(steps=50, images=7).paced(0.1)
     assert (given.steps, given.images) == (50, 7)
@@ -242,6 +242,37 @@ def test_updates_are_their_formulas() -> None:
     start = {"a": torch.zeros(2, 2)}
     methods.momentum_step(0.5)(start, {"a": 1e-16 * gradient["a"]}, step(), {})
     assert not start["a"].any()  # rounding is no direction
+    lengths = []
+    for index in range(8):
+        start = {"a": torch.zeros(2, 2)}
+        methods.momentum_step(0.5, rate=2.0, hold=0.5)(start, gradient, step(index, 8), {})
+        lengths.append(float(start["a"][0].norm()) / math.sqrt(2))
+    falling = [1 + math.cos(math.pi * part / 4) for part in range(4)]
+    assert lengths == pytest.approx([2.0, 2.0, 2.0, 2.0, *falling])
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
+def test_contrastive_minds_how_logits_differ_and_not_how_small_they_are(output: objectives.Output) -> None:
+    teacher = torch.tensor([[4.0, 1.0, -3.0], [-2.0, 3.0, 1.0], [1.0, 0.0, 2.0], [0.0, -4.0, 3.0]]).double()
+    student = teacher + torch.tensor([0.5, -0.5, 1.0])
+    samples = methods.Samples(
+        torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 2, 2]), torch.tensor([True, False, True, False])
+    )
+    gates = {"a": torch.ones(2, 1, dtype=torch.float64)}
+    loss = methods.contrastive(activation=0, output=output).objective
+
+    def found(outputs: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = outputs.clone().requires_grad_()
+        terms = loss(methods.Pass(outputs, {}), methods.Pass(teacher, {}), samples, gates)
+        total = torch.stack(list(terms.values())).sum(0)
+        return total.detach(), torch.autograd.grad(total.sum(), outputs)[0]
+
+    small = torch.tensor([0.1, 0.1, 0.02, 0.02], dtype=torch.float64)[:, None]  # a task's samples, alike
+    torch.testing.assert_close(found(small * student)[0], found(student)[0])
+    torch.testing.assert_close(small * found(small * student)[1], found(student)[1])
+    assert float((found(student)[1] * student).sum().abs()) > 0.01  # to grow is worth something still
+    constant = found(torch.ones_like(student))
+    assert all(bool(x.isfinite().all()) for x in constant)
 
 
 # --- baselines ---

@@ -24,3 +24,13 @@ def test_distances_of_half_precision_are_summed_in_full() -> None:
     distance = objectives.mse(a, b)
     assert distance.dtype == torch.float32
     assert distance.tolist() == [1.0]
+
+
+def test_spread_is_the_variance_of_what_is_finite_or_the_own_logit_squared() -> None:
+    outputs = torch.tensor([[1.0, 3.0, -torch.inf], [2.0, 2.0, 2.0]], dtype=torch.float64)
+    classes = torch.tensor([1, 0])
+    assert objectives.spread(outputs, classes).tolist() == [1, 0]
+    assert objectives.spread(outputs, classes, "sigmoid").tolist() == [9, 4]
+    pairs = torch.tensor([[True, True, False], [False, True, True]])
+    assert objectives.spread(outputs, pairs, "sigmoid").tolist() == [9, 4]
+    assert objectives.spread(outputs.bfloat16(), classes).dtype == torch.float32

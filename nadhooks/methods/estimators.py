@@ -89,10 +89,13 @@ def normalised_step(lr: float) -> Update:
     return update
 
 
-def momentum_step(momentum: float, over: Literal["network", "site"] = "network", rate: float = 1.0) -> Update:
+def momentum_step(
+    momentum: float, over: Literal["network", "site"] = "network", rate: float = 1.0, hold: float = 0.0
+) -> Update:
     """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task; scores −= rate · ½(1 + cos(π s/S)) m.
 
     over: units and norm are those of all sites, or those of each site, which then move alike whatever they count.
+    hold: for what part of the steps their length stays `rate`; the cosine is over those that are left.
     """
 
     def scaled(gradient: Tensor) -> Tensor:
@@ -101,7 +104,8 @@ def momentum_step(momentum: float, over: Literal["network", "site"] = "network",
         return math.sqrt(gradient.shape[1]) / norm * gradient
 
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
-        now = rate * (1 + math.cos(math.pi * step.index / step.total)) / 2
+        falling = max(0.0, step.index / step.total - hold) / (1 - hold)
+        now = rate * (1 + math.cos(math.pi * falling)) / 2
         if over == "site":
             directions = [scaled(gradient) for gradient in gradients.values()]
         else:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from .estimators import cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
+from .estimators import ANNEALED, cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
-PACE = {"contrastive": 2.35, "class-only": 1.0}  # 120 steps for a share of 0.55 and 500 for one of 0.3 came out well
+PACE = {"contrastive": 3.0, "class-only": 1.0}  # 108 steps for a share of 0.55 and 665 for one of 0.3 came out well
+LARGEST, TINY = 100.0, 1e-12  # a factor and a square; logits that hardly differ differ by rounding
 
 
 def contrastive(
@@ -20,10 +21,10 @@ def contrastive(
     positives: int = 2,
     negatives: int = 2,
     momentum: float = 0.8,
-    activation: float = 1.0,
-    contrast: float = 5.0,
+    activation: float = 2.0,
+    contrast: float = 0.85,
     noise: float = 1.5,
-    constants: float = 0.0005,
+    constants: float = 0.001,
     images: int = 64,
     output: Output = "softmax",
 ) -> Method:
@@ -34,14 +35,14 @@ def contrastive(
     gradients go straight through to the scores, in steps of one length for each task. What closed units put out is
     learnt along with them, in steps of `constants` standard deviations of each unit. Loss of a task: −log p(class),
     mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full network, mean over
-    uniformly drawn negatives, plus `activation` × the mean over sites of the relative squared change of the
-    activations, on positives and on negatives.
+    uniformly drawn negatives, both of logits brought to the spread of the full network's, plus `activation` × the mean
+    over sites of the relative squared change of the activations, on positives and on negatives.
 
-    steps: by default 120 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
+    steps: by default 108 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
         more of them as there are more steps, unless `steps` is given.
     """
     method = _straight_through(
-        "contrastive", steps, 120, positives, negatives, momentum, activation, contrast, constants, images, output
+        "contrastive", steps, 108, positives, negatives, momentum, activation, contrast, constants, images, output
     )
     options = {**method.options, "noise": noise}
     return replace(method, estimator=perturbed_topk(noise), closed="optimal", options=options)
@@ -100,7 +101,7 @@ def _straight_through(
         name, _fidelity(activation, contrast, output), straight_through_topk, momentum_step(momentum), near_zero,
         "balanced", "mean", 0.55, schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=pace,
         positives=positives, negatives=negatives, images=images, options=options,
-        closing=momentum_step(0.8, over="site", rate=constants),
+        closing=momentum_step(0.8, over="site", rate=constants, hold=ANNEALED),
     )  # fmt: skip
 
 
@@ -108,8 +109,11 @@ def _fidelity(activation: float, contrast: float, output: Output) -> Objective:
     def objective(student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
         tasks = len(next(iter(gates.values())))
         yes, no = samples.positive, ~samples.positive
-        divergence = objectives.binary_kl(student.outputs, teacher.outputs, samples.classes, output)
-        surprise = objectives.cross_entropy(student.outputs, samples.classes, output) if contrast else divergence
+        outputs = student.outputs
+        if contrast:  # own samples alone have nothing to be told from
+            outputs = _to_scale(outputs, teacher.outputs, samples, tasks, output)
+        divergence = objectives.binary_kl(outputs, teacher.outputs, samples.classes, output)
+        surprise = objectives.cross_entropy(outputs, samples.classes, output) if contrast else divergence
         terms = {"positives": objectives.per_task(surprise[yes], samples.rows[yes], tasks)}
         if contrast:
             terms["negatives"] = contrast * objectives.per_task(divergence[no], samples.rows[no], tasks)
@@ -121,3 +125,19 @@ def _fidelity(activation: float, contrast: float, output: Output) -> Objective:
         return terms
 
     return objective
+
+
+def _to_scale(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, output: Output) -> Tensor:
+    """Logits brought to the spread that the full network's have, by one factor for all of a task's samples.
+
+    Closing units shrinks logits, and where all are small every sample pulls alike, however easy to tell. No gradient
+    leads through the factor, so that to be larger counts still. (Logits standardised for distillation, each sample's
+    for itself and with the gradient: Sun et al., CVPR 2024.)
+    """
+    before, after = (
+        objectives.per_task(objectives.spread(x, samples.classes, output), samples.rows, tasks)
+        for x in (teacher, outputs.detach())
+    )
+    least = (before / LARGEST**2).clamp(min=TINY)
+    factor = (before.clamp(min=TINY) / torch.maximum(after, least)).sqrt()  # (tasks,)
+    return outputs * factor[samples.rows][:, None]
