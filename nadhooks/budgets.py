@@ -18,7 +18,8 @@ class Budget:
     """What `keep=` says in full: `learn(..., keep=Budget(0.3, over="site"))`.
 
     keep: a share, a float above 0 and at most 1, or a number of units, an int of at least 1.
-    over: "network", the best units wherever they are, or "site", as much of every site.
+    over: "network", the best units wherever they are (above a method's floor in each site), or "site", as much of
+        every site.
     by: what the share is a share of: "units", or the "parameters" or "flops" behind them: what runs between a site and
         those before it, spread evenly over its units.
     """
@@ -58,8 +59,9 @@ class Selection:
     targets: (tasks or 1, groups) the share of each group's cost that may be kept, a group being the network or a site.
     """
 
-    def __init__(self, budget: Budget, sites: Sequence[Site], costs: Mapping[str, float]):
-        """costs: {site: of one unit}, for budgets by parameters or FLOPs."""
+    def __init__(self, budget: Budget, sites: Sequence[Site], costs: Mapping[str, float], floor: float = 0.0):
+        """costs: {site: of one unit}, for budgets by parameters or FLOPs. floor: as a `Method` has it."""
+        self.floor = floor
         self.units = {site.name: site.units for site in sites}
         names = list(self.units)
         self.groups = [names] if budget.over == "network" else [[name] for name in names]
@@ -99,6 +101,8 @@ class Selection:
         for group, target in zip(self.groups, self.targets.T, strict=True):  # target: (tasks or 1,)
             everything = torch.cat([scores[name].detach() for name in group], 1)  # (tasks, units of the group)
             share = (target + (1 - target) * left)[:, None].to(everything.device)  # (tasks or 1, 1)
+            if self.floor and len(group) > 1:
+                everything = self._with_floor(everything, share, group)
             if self.by_units:
                 limit = (share * everything.shape[1]).round().clamp(min=1).long()
                 hard = _highest(everything, limit)
@@ -111,6 +115,15 @@ class Selection:
             hard = hard.to(everything.dtype)
             found |= dict(zip(group, hard.split([self.units[name] for name in group], 1), strict=True))
         return {name: found[name] for name in scores}
+
+    def _with_floor(self, scores: Tensor, share: Tensor, group: Sequence[str]) -> Tensor:
+        """Scores of sites side by side, in which each site's best units, as many as its floor, lead all the others."""
+        leading = []
+        for name, part in zip(group, scores.split([self.units[name] for name in group], 1), strict=True):
+            number = (self.floor * share * self.units[name]).round().long()  # (tasks or 1, 1), 0 where there are few
+            leading.append(_highest(part, number.clamp(min=1)) & (number > 0))
+        lead = scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1
+        return torch.where(torch.cat(leading, 1), scores + lead, scores)
 
 
 def _highest(scores: Tensor, number: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ def learn(
             _check_meaning(outputs, number)
             forward = Forward(gates, device, (lambda x: x) if method.output == "any" else logits_of, autocast)
             forward.settle(sample)
-            selection = None if budget is None else Selection(budget, gates.sites, _costs(budget, forward, sample))
+            selection = None
+            if budget is not None:
+                selection = Selection(budget, gates.sites, _costs(budget, forward, sample), method.floor)
             if selection is not None and fidelity is None:
                 method = method.paced(float(selection.targets.min()))
             learner = Learner(

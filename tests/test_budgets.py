@@ -96,6 +96,25 @@ def test_of_units_with_equal_scores_the_first_are_kept() -> None:
     assert {name: x.tolist() for name, x in hard.items()} == {"a": [[0, 1, 0, 0], [1, 1, 1, 0]], "b": [[1, 0], [0, 1]]}
 
 
+def test_a_floor_leaves_each_site_its_best_units_first() -> None:
+    scores = {"a": torch.tensor([[9.0, 8.0, 7.0, 6.0]] * 2), "b": torch.tensor([[1.0, 2.0], [0.0, 6.5]])}
+
+    def kept(keep: float | int, floor: float, **more: Any) -> dict[str, list[list[float]]]:
+        budget = Budget(keep, by=more.get("by", "units"))
+        found = Selection(budget, sites(), more.get("costs", {}), floor).best(scores, more.get("left", 0.0))
+        return {name: x.tolist() for name, x in found.items()}
+
+    assert kept(0.5, 0.0) == {"a": [[1, 1, 1, 0]] * 2, "b": [[0, 0], [0, 0]]}
+    assert kept(0.5, 0.75) == {"a": [[1, 1, 0, 0]] * 2, "b": [[0, 1], [0, 1]]}
+    assert kept(0.5, 1.0, left=1 / 3) == {"a": [[1, 1, 1, 0]] * 2, "b": [[0, 1], [0, 1]]}
+    assert kept(0.5, 0.25) == kept(0.5, 0.0)  # less than half a unit of either site
+    assert kept(0.4, 1.0) == {"a": [[1, 1, 0, 0]] * 2, "b": [[0, 0], [0, 0]]}  # rounded up in both: the best of them
+    assert kept(0.75, 0.5, by="flops", costs={"a": 1.0, "b": 2.0}) == {"a": [[1, 1, 1, 1]] * 2, "b": [[0, 1], [0, 1]]}
+    # each task has a share of its own, and so a floor
+    selection = Selection(Budget(0.5), sites(), {}, 1.0).at(torch.tensor([0.5, 1.0]))
+    assert {name: x.sum(1).tolist() for name, x in selection.best(scores).items()} == {"a": [2, 4], "b": [1, 2]}
+
+
 @pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, True, False, "x", "0.5", None, float("nan"), float("inf")])
 def test_what_is_no_budget_is_refused(keep: Any) -> None:
     with pytest.raises(NadhooksError, match=r"keep: expected a share above 0 and at most 1 .* or a number of units"):
@@ -150,9 +169,9 @@ def test_costs_are_those_counted_by_hand() -> None:
     seen: dict[str, dict[str, float]] = {}
     original = Selection.__init__
 
-    def spy(self: Selection, budget: Budget, sites: Any, costs: dict[str, float]) -> None:
+    def spy(self: Selection, budget: Budget, sites: Any, costs: dict[str, float], floor: float) -> None:
         seen[budget.by] = dict(costs)
-        original(self, budget, sites, costs)
+        original(self, budget, sites, costs, floor)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Selection, "__init__", spy)

@@ -127,7 +127,7 @@ def test_less_to_keep_takes_more_steps_and_as_many_times_the_images() -> None:
     method = replace(methods.contrastive(images=64), pace=2.0)
     for share, times in ((0.8, 1), (0.55, 1), (0.275, 4), (0.01, 10)):
         paced = method.paced(share)
-        assert (paced.steps, paced.images) == (108 * times, 64 * times)
+        assert (paced.steps, paced.images) == (104 * times, 64 * times)
         assert paced.paced(0.01) == paced  # once only
     given = methods.contrastive(steps=50, images=7).paced(0.1)
     assert (given.steps, given.images) == (50, 7)
@@ -368,7 +368,7 @@ def test_routing_is_the_loop_written_by_hand() -> None:
 
 # --- where learning starts ---
 
-STILL = replace(methods.contrastive(steps=1, images=4), update=lambda scores, gradients, step, state: None)
+STILL = replace(methods.contrastive(steps=1, images=4, floor=0.0), update=lambda scores, gradients, step, state: None)
 
 
 @pytest.mark.parametrize("start", ["taylor", "activation", "random"])
@@ -428,11 +428,13 @@ def test_every_task_is_faithful_enough_or_kept_whole(tmp_path: Any) -> None:
         assert masks.provenance["fidelity"] == bound
         assert len(curve["keep"]) == len(curve["divergence"])
         for row in range(3):
-            share = float(masks.kept()[row])
-            within = [
-                keep[row] for keep, far in zip(curve["keep"], curve["divergence"], strict=True) if far[row] <= bound
-            ]
-            assert share == (pytest.approx(max(1, round(min(within) * 9)) / 9) if within else 1)
+            smallest, failed = 1.0, 0
+            for number, (keep, far) in enumerate(zip(curve["keep"], curve["divergence"], strict=True)):
+                failed = 0 if number == len(curve["keep"]) - 2 else failed  # the two shares between
+                if far[row] <= bound and failed < 2:  # after two in a row that were too far, a lucky one does not count
+                    smallest = min(smallest, keep[row])
+                failed = 0 if far[row] <= bound else failed + 1
+            assert float(masks.kept()[row]) == pytest.approx(max(1, round(smallest * 9)) / 9)
         kept.append(masks.kept())
     for tight, loose in pairwise(kept):
         assert bool((tight >= loose).all())

@@ -11,7 +11,7 @@ from .. import objectives
 from .estimators import ANNEALED, cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
-PACE = {"contrastive": 3.0, "class-only": 1.0}  # 108 steps for a share of 0.55 and 665 for one of 0.3 came out well
+PACE = {"contrastive": 3.0, "class-only": 1.0}  # 104 steps for a share of 0.55 and 641 for one of 0.3 came out well
 LARGEST, TINY = 100.0, 1e-12  # a factor and a square; logits that hardly differ differ by rounding
 
 
@@ -22,8 +22,9 @@ def contrastive(
     negatives: int = 2,
     momentum: float = 0.8,
     activation: float = 2.0,
-    contrast: float = 0.85,
+    contrast: float = 0.75,
     noise: float = 1.5,
+    floor: float = 0.25,
     constants: float = 0.001,
     images: int = 64,
     output: Output = "softmax",
@@ -38,14 +39,16 @@ def contrastive(
     uniformly drawn negatives, both of logits brought to the spread of the full network's, plus `activation` × the mean
     over sites of the relative squared change of the activations, on positives and on negatives.
 
-    steps: by default 108 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
+    floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
+        and no gradient either, so that it stayed closed.
+    steps: by default 104 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
         more of them as there are more steps, unless `steps` is given.
     """
     method = _straight_through(
-        "contrastive", steps, 108, positives, negatives, momentum, activation, contrast, constants, images, output
+        "contrastive", steps, 104, positives, negatives, momentum, activation, contrast, constants, images, output
     )
-    options = {**method.options, "noise": noise}
-    return replace(method, estimator=perturbed_topk(noise), closed="optimal", options=options)
+    options = {**method.options, "noise": noise, "floor": floor}
+    return replace(method, estimator=perturbed_topk(noise), floor=floor, closed="optimal", options=options)
 
 
 def class_only(

@@ -87,6 +87,7 @@ class Method:
         units count, not how far outputs are from the full network's; fidelity is then that of softmax classes.
     keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share
         below 0.55, `steps` and `images` times (0.55 / share) to this power, at most ten times as many.
+    floor: what part of the share that is kept every site keeps at least, where units are the best of all sites.
     closing: with `closed` "optimal", the update of what closed units put out, {site: (tasks, units)} in standard
         deviations of the unit from its mean. None where that cannot be learnt.
     """
@@ -107,6 +108,7 @@ class Method:
     batch: int = 16
     steps: int = 0
     pace: float = 0.0
+    floor: float = 0.0
     positives: int = 0
     negatives: int = 0
     images: int | None = None
