@@ -86,7 +86,7 @@ class Method:
         which it has any number, or "any"thing. compares: the objective looks at `teacher.sites`. ranks: it says what
         units count, not how far outputs are from the full network's; fidelity is then that of softmax classes.
     keep: the share kept where nothing else is said; None where it follows from the objective. pace: for a share
-        below 0.55, `steps` and `images` times (0.55 / share) to this power, at most ten times as many.
+        below 0.55, `steps` and `images` times (0.55 / share) to this power, at most twelve times as many.
     floor: what part of the share that is kept every site keeps at least, where units are the best of all sites.
     closing: with `closed` "optimal", the update of what closed units put out, {site: (tasks, units)} in standard
         deviations of the unit from its mean. None where that cannot be learnt.
@@ -122,7 +122,7 @@ class Method:
 
     def paced(self, share: float) -> Method:
         """With as many steps as so much to close takes, and images for them: none comes oftener than in fewer steps."""
-        times = min(10.0, max(1.0, (0.55 / share) ** self.pace))
+        times = min(12.0, max(1.0, (0.55 / share) ** self.pace))
         images = self.images and round(self.images * times)
         return replace(self, steps=round(self.steps * times), images=images, pace=0.0)
 
