@@ -11,7 +11,7 @@ from .. import objectives
 from .estimators import ANNEALED, cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
-PACE = {"contrastive": 3.65, "class-only": 1.0}  # 70 steps for a share of 0.55 and 640 for one of 0.3 came out well
+PACE = {"contrastive": 3.65, "class-only": 1.0}  # 73 steps for a share of 0.55 and 667 for one of 0.3 came out well
 LARGEST, TINY = 100.0, 1e-12  # a factor and a square; logits that hardly differ differ by rounding
 
 
@@ -41,11 +41,11 @@ def contrastive(
 
     floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
         and no gradient either, so that it stayed closed.
-    steps: by default 70 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
+    steps: by default 73 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
         more of them as there are more steps, unless `steps` is given.
     """
     method = _straight_through(
-        "contrastive", steps, 70, positives, negatives, momentum, activation, contrast, constants, images, output
+        "contrastive", steps, 73, positives, negatives, momentum, activation, contrast, constants, images, output
     )
     options = {**method.options, "noise": noise, "floor": floor}
     return replace(method, estimator=perturbed_topk(noise), floor=floor, closed="optimal", options=options)
