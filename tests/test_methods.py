@@ -557,6 +557,7 @@ def test_options_are_checked() -> None:
         (lambda: methods.contrastive(positives=0), "contrastive: expected positives of at least 1, got 0"),
         (lambda: methods.taylor(images=0), "taylor: expected positives of at least 1, got 0"),
         (lambda: methods.routing(steps=0), "routing: expected steps of at least 1, got 0"),
+        (lambda: methods.contrastive(floor=1.5), "contrastive: expected a floor from 0 to 1, got 1.5"),
         (lambda: methods.nad(output="linear"), "expected output 'softmax', 'sigmoid' or 'any', got 'linear'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(LearningError, match=message):

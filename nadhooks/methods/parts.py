@@ -131,5 +131,7 @@ class Method:
         for name in needed:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise LearningError(f"{self.name}: expected {name} of at least 1, got {getattr(self, name)!r}")
+        if not 0 <= self.floor <= 1:
+            raise LearningError(f"{self.name}: expected a floor from 0 to 1, got {self.floor!r}")
         if self.output not in ("softmax", "sigmoid", "any"):
             raise LearningError(f"{self.name}: expected output 'softmax', 'sigmoid' or 'any', got {self.output!r}")
