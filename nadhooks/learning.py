@@ -111,6 +111,7 @@ def learn(
                 selection = Selection(budget, gates.sites, _costs(budget, forward, sample), method.floor)
             if selection is not None and fidelity is None:
                 method = method.paced(float(selection.targets.min()))
+            once = method.sampling == "own" and method.epochs == 1  # then no sample comes again to be looked up
             learner = Learner(
                 gates,
                 Data(loader, number, device, outputs),
@@ -118,7 +119,7 @@ def learn(
                 selection,
                 closed,
                 seed,
-                Teacher(forward, cache, method.compares),
+                Teacher(forward, 0 if once else cache, method.compares),
                 every_report(progress),
                 None if held_out is None else _kept(Data(held_out, number, device, outputs)),
             )

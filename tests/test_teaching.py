@@ -176,6 +176,23 @@ def test_the_papers_method_remembers_nothing_of_images_that_always_change(
     assert (remembered[steps - 1] == 0) is crops
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_no_second_epoch_shows_is_not_remembered(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fair_line()
+    data = labelled(model, images(60))
+    remembered: list[int] = []
+    of = Teacher.of
+
+    def spy(self: Teacher, inputs: Any, keys: Any) -> Any:
+        remembered.append(self.sites.staying)
+        return of(self, inputs, keys)
+
+    monkeypatch.setattr(Teacher, "of", spy)
+    nadhooks.learn(model, data, "act1", method=methods.nad(epochs=epochs, batch=4), tasks=[0])
+    assert len(remembered) > 2 * epochs
+    assert (max(remembered) == 0) is (epochs == 1)
+
+
 def test_equal_images_share_an_answer_in_the_papers_method() -> None:
     model = fair_line()
     data = labelled(model, images(30))
