@@ -101,29 +101,35 @@ class Selection:
         for group, target in zip(self.groups, self.targets.T, strict=True):  # target: (tasks or 1,)
             everything = torch.cat([scores[name].detach() for name in group], 1)  # (tasks, units of the group)
             share = (target + (1 - target) * left)[:, None].to(everything.device)  # (tasks or 1, 1)
+            sizes = [self.units[name] for name in group]
+            hard = self._affordable(everything, share, group)
             if self.floor and len(group) > 1:
-                everything = self._with_floor(everything, share, group)
-            if self.by_units:
-                limit = (share * everything.shape[1]).round().clamp(min=1).long()
-                hard = _highest(everything, limit)
-            else:
-                cost = torch.cat([torch.full((self.units[name],), self.cost[name]) for name in group]).double()
-                order = everything.argsort(dim=1, descending=True, stable=True)
-                within = cost.to(share.device)[order].cumsum(1) <= share * float(cost.sum()) * (1 + 1e-12)
-                within[:, 0] = True
-                hard = torch.zeros_like(everything, dtype=torch.bool).scatter(1, order, within.expand_as(order))
-            hard = hard.to(everything.dtype)
-            found |= dict(zip(group, hard.split([self.units[name] for name in group], 1), strict=True))
+                floors = (self.floor * share * share.new_tensor(sizes)).round().long()  # (tasks or 1, sites), 0 for few
+                kept = torch.stack([part.sum(1) for part in hard.split(sizes, 1)], 1)
+                if bool((kept < floors).any()):
+                    hard = self._affordable(_with_floor(everything, floors, sizes), share, group)
+            found |= dict(zip(group, hard.to(everything.dtype).split(sizes, 1), strict=True))
         return {name: found[name] for name in scores}
 
-    def _with_floor(self, scores: Tensor, share: Tensor, group: Sequence[str]) -> Tensor:
-        """Scores of sites side by side, in which each site's best units, as many as its floor, lead all the others."""
-        leading = []
-        for name, part in zip(group, scores.split([self.units[name] for name in group], 1), strict=True):
-            number = (self.floor * share * self.units[name]).round().long()  # (tasks or 1, 1), 0 where there are few
-            leading.append(_highest(part, number.clamp(min=1)) & (number > 0))
-        lead = scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1
-        return torch.where(torch.cat(leading, 1), scores + lead, scores)
+    def _affordable(self, scores: Tensor, share: Tensor, group: Sequence[str]) -> Tensor:
+        """The best units that this share pays for, (tasks, units) bool; scores of the group's sites side by side."""
+        if self.by_units:
+            return _highest(scores, (share * scores.shape[1]).round().clamp(min=1).long())
+        cost = torch.cat([torch.full((self.units[name],), self.cost[name]) for name in group]).double()
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        within = cost.to(share.device)[order].cumsum(1) <= share * float(cost.sum()) * (1 + 1e-12)
+        within[:, 0] = True
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, within.expand_as(order))
+
+
+def _with_floor(scores: Tensor, floors: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Scores of sites side by side, in which each site's best units, (tasks or 1, sites), lead all the others."""
+    leading = [
+        _highest(part, number.clamp(min=1)) & (number > 0)
+        for part, number in zip(scores.split(sizes, 1), floors.split(1, 1), strict=True)
+    ]
+    lead = scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1
+    return torch.where(torch.cat(leading, 1), scores + lead, scores)
 
 
 def _highest(scores: Tensor, number: Tensor) -> Tensor:
