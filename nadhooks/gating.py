@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,31 @@ def gate(
     g = _spread(g, x, axis, block, alternating, views)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return x.mul_(g) if overwrite else g * x
-    return torch.addcmul((1 - g) * _spread(closed, x, axis, block, alternating, views), g, x)  # one pass over x
+    return cast(Tensor, _Blend.apply(x, g, _spread(closed, x, axis, block, alternating, views)))
+
+
+class _Blend(torch.autograd.Function):
+    """g·x + (1 − g)·c in one pass over x, and on the way back in as few: `addcmul`'s own makes one more.
+
+    g and c: in x's shape, of size 1 where all are alike.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(x, g, c)
+        return torch.addcmul((1 - g) * c, g, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, g, c), (grad,) = ctx.saved_tensors, grads
+        to_x, to_g, to_c = ctx.needs_input_grad
+        rows = torch.broadcast_shapes(g.shape, c.shape)
+        total = grad.sum_to_size(rows) if to_g or to_c else grad
+        return (
+            grad * g if to_x else None,
+            ((grad * x).sum_to_size(rows) - total * c).sum_to_size(g.shape) if to_g else None,
+            (total * (1 - g)).sum_to_size(c.shape) if to_c else None,
+        )
 
 
 def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = None) -> Tensor:

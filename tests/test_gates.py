@@ -32,6 +32,21 @@ def test_gate_scales_units_and_mixes_in_closed_values() -> None:
     assert torch.equal(gate(x, g, 1, closed=closed), expected)
 
 
+@pytest.mark.parametrize("rows", [(1, 1), (4, 4), (2, 1), (1, 2)])
+def test_gradients_lead_through_gates_and_closed_values(rows: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, g, closed = (
+        torch.randn(*shape, generator=random, dtype=torch.float64).requires_grad_()
+        for shape in ((4, 3, 6), (rows[0], 2), (rows[1], 2))
+    )
+
+    def gated(x: Tensor, g: Tensor, closed: Tensor) -> Tensor:
+        return gate(x, g, 2, 3, closed)
+
+    assert torch.autograd.gradcheck(gated, (x, g, closed))
+    assert torch.autograd.gradgradcheck(gated, (x, g, closed))
+
+
 def test_gate_takes_blocks_and_windows() -> None:
     x = torch.ones(4, 2, 6)  # two samples of two windows each, two units of three positions
     g = torch.tensor([[0.0, 1.0], [1.0, 0.5]])
