@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ class Teacher:
         with torch.no_grad(), self.forward.gates.everything_open():
             return self.forward(inputs, samples, see)
 
-    def look_up(self, inputs: Any, keys: Sequence[Hashable], rows: _Rows) -> list[Tensor]:
+    def look_up(self, inputs: Any, keys: Sequence[Hashable], rows: _Rows) -> list[Callable[[], Tensor]]:
         self.compares |= rows is self.sites  # whoever asks for them compares
         if rows.missing(keys):
             rows.forget_passing()
@@ -197,16 +197,35 @@ class _Answers(Pass):
     @cached_property
     def outputs(self) -> Any:
         leaves = self.teacher.look_up(self.inputs, self.keys, self.teacher.outputs)
-        return self.teacher.rebuild(leaves)
+        return self.teacher.rebuild([take() for take in leaves])
 
     @cached_property
-    def sites(self) -> dict[str, Tensor]:
+    def sites(self) -> Mapping[str, Tensor]:
         values = self.teacher.look_up(self.inputs, self.keys, self.teacher.sites)
-        return dict(zip(self.teacher.names, values, strict=True))
+        return _Lazy(dict(zip(self.teacher.names, values, strict=True)))
 
     def take(self, samples: Tensor) -> Pass:
         whole = samples.nonzero()[:, 0] if samples.dtype == torch.bool else samples
         return _Answers(self.teacher, pick(self.inputs, whole), [self.keys[place] for place in whole.tolist()])
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors that are put together when they are asked for."""
+
+    def __init__(self, takes: Mapping[str, Callable[[], Tensor]]):
+        self.takes = takes
+        self.found: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.found:
+            self.found[name] = self.takes[name]()
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.takes)
+
+    def __len__(self) -> int:
+        return len(self.takes)
 
 
 class _Rows:
@@ -253,31 +272,32 @@ class _Rows:
         self.staying = end
         self.full |= fit < len(new)
 
-    def of(self, keys: Sequence[Hashable]) -> list[Tensor]:
-        places = [self.places[key] for key in keys]
+    def of(self, keys: Sequence[Hashable]) -> list[Callable[[], Tensor]]:
+        """What gives the rows of each tensor, whatever is put in or forgotten before it is called."""
+        places, staying = [self.places[key] for key in keys], self.staying
         first, end = (places[0], places[0] + len(places)) if places else (0, 0)
-        if places != list(range(first, end)) or first < self.staying < end:
-            rows = torch.tensor(places, dtype=torch.long)
-            late = rows >= self.staying
-            some = bool(late.any())
-            found = [_rows(*both, rows, late if some else None, self.staying) for both in self._both()]
-        elif end <= self.staying:  # as they were put in: no copy; rows stay as they are, whatever is written behind
-            found = [table.data[first:end] for table in self.tables]
-        else:
-            found = [passers[first - self.staying : end - self.staying] for passers in self.passers]
-        back = [sorted(range(len(order)), key=lambda axis: order[axis]) for order in self.orders]
-        return [x.permute(order) for x, order in zip(found, back, strict=True)]
+        together = places == list(range(first, end)) and not first < staying < end
+
+        def take(table: Tensor, passers: Tensor, order: list[int]) -> Tensor:
+            if not together:
+                found = _rows(table, passers, torch.tensor(places, dtype=torch.long), staying)
+            elif end <= staying:  # as they were put in: no copy; rows stay as they are, whatever is written behind
+                found = table.data[first:end]
+            else:
+                found = passers[first - staying : end - staying]
+            return found.permute(sorted(range(len(order)), key=lambda axis: order[axis]))
+
+        passers = self.passers or [table[:0] for table in self.tables]
+        return [partial(take, *each) for each in zip(self.tables, passers, self.orders, strict=True)]
 
     def _in_memory(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [x.permute(order) for x, order in zip(values, self.orders, strict=True)]
 
-    def _both(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return zip(self.tables, self.passers or [table[:0] for table in self.tables], strict=True)
 
-
-def _rows(table: Tensor, passers: Tensor, rows: Tensor, late: Tensor | None, staying: int) -> Tensor:
+def _rows(table: Tensor, passers: Tensor, rows: Tensor, staying: int) -> Tensor:
     """Rows of the first `staying` of a table, with others, those that are `late`, behind them."""
-    if late is None:
+    late = rows >= staying
+    if not bool(late.any()):
         return table.index_select(0, rows.to(table.device))
     found = table.new_empty(len(rows), *table.shape[1:])
     rows, late = rows.to(table.device), late.to(table.device)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -127,7 +128,7 @@ def test_less_to_keep_takes_more_steps_and_as_many_times_the_images() -> None:
     method = replace(methods.contrastive(images=64), pace=2.0)
     for share, times in ((0.8, 1), (0.55, 1), (0.275, 4), (0.01, 12)):
         paced = method.paced(share)
-        assert (paced.steps, paced.images) == (73 * times, 64 * times)
+        assert (paced.steps, paced.images) == (76 * times, 64 * times)
         assert paced.paced(0.01) == paced  # once only
     given = methods.contrastive(steps=50, images=7).paced(0.1)
     assert (given.steps, given.images) == (50, 7)
@@ -235,9 +236,10 @@ def test_updates_are_their_formulas() -> None:
     state: methods.Table = {}
     expected, momentum = torch.zeros(2), torch.zeros(2)
     for index in range(3):
-        methods.momentum_step(0.5)(start, gradient, step(index, 4), state)
-        momentum = 0.5 * momentum + math.sqrt(2) * torch.tensor([0.6, 0.8])
-        expected -= (1 + math.cos(math.pi * index / 4)) / 2 * momentum
+        turned = gradient["a"] if index != 1 else 10 * gradient["a"].flip(1)  # adds to the others as large as it is
+        methods.momentum_step(0.5)(start, {"a": turned}, step(index, 4), state)
+        momentum = 0.5 * momentum + turned[0]
+        expected -= (1 + math.cos(math.pi * index / 4)) / 2 * math.sqrt(2) * momentum / momentum.norm()
     torch.testing.assert_close(start["a"], torch.stack([expected, torch.zeros(2)]))
     start = {"a": torch.zeros(2, 2)}
     methods.momentum_step(0.5)(start, {"a": 1e-16 * gradient["a"]}, step(), {})
@@ -273,6 +275,30 @@ def test_contrastive_minds_how_logits_differ_and_not_how_small_they_are(output: 
     assert float((found(student)[1] * student).sum().abs()) > 0.01  # to grow is worth something still
     constant = found(torch.ones_like(student))
     assert all(bool(x.isfinite().all()) for x in constant)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_activations_are_compared_at_each_site_in_turn(number: int) -> None:
+    names = [f"site{index}" for index in range(number)]
+    gates = {name: torch.ones(1, 2) for name in names}
+    random = torch.Generator().manual_seed(0)
+    open_, gated = ({name: torch.randn(2, 2, 5, generator=random) for name in names} for _ in range(2))
+    loss = methods.contrastive(activation=2.0).objective
+    logits, row = torch.zeros(2, 3), torch.tensor([0, 0])
+
+    def activation(step: int, sites: Mapping[str, Tensor]) -> float:
+        samples = methods.Samples(row, row, torch.tensor([True, False]), step=step)
+        terms = loss(methods.Pass(logits, sites), methods.Pass(logits, open_), samples, gates)
+        assert isinstance(terms, Mapping)
+        return float(terms["activation"])
+
+    turns = min(3, number)
+    alone = {name: [activation(step, {**open_, name: gated[name]}) > 0 for step in range(turns)] for name in names}
+    assert all(sum(seen) == 1 for seen in alone.values())  # each site's turn comes, once
+    changes = sum(objectives.relative_mse(gated[name], open_[name]) for name in names)
+    every = sum(activation(step, gated) for step in range(turns)) / turns
+    assert every == pytest.approx(float(2.0 * changes.sum() / number))  # type: ignore[union-attr]
+    assert activation(turns, gated) == activation(0, gated)
 
 
 # --- baselines ---
@@ -429,7 +455,7 @@ def test_after_two_shares_in_a_row_that_were_too_far_a_lucky_one_does_not_count(
 
 
 def test_every_task_is_faithful_enough_or_kept_whole(tmp_path: Any) -> None:
-    method = methods.contrastive(steps=8)
+    method = methods.contrastive(steps=16)
     kept = []
     for bound in (0.003, 0.03, 0.3, 10.0):
         masks = learnt(method, fidelity=bound)

@@ -92,28 +92,32 @@ def normalised_step(lr: float) -> Update:
 def momentum_step(
     momentum: float, over: Literal["network", "site"] = "network", rate: float = 1.0, hold: float = 0.0
 ) -> Update:
-    """m ← momentum · m + √units · gradient / ‖gradient‖₂ per task; scores −= rate · ½(1 + cos(π s/S)) m.
+    """m ← momentum · m + gradient per task; scores −= rate · ½(1 + cos(π s/S)) · √units · m / ‖m‖₂.
 
+    Of one length whatever the loss (normalised gradient descent with momentum; Cutkosky and Mehta, ICML 2020). The
+    gradients are added up as they are, so that a loss may show other parts of itself in other steps.
     over: units and norm are those of all sites, or those of each site, which then move alike whatever they count.
     hold: for what part of the steps their length stays `rate`; the cosine is over those that are left.
     """
 
-    def scaled(gradient: Tensor) -> Tensor:
-        norm = gradient.norm(dim=1, keepdim=True)
+    def scaled(m: Tensor) -> Tensor:
+        norm = m.norm(dim=1, keepdim=True)
         norm = torch.where(norm > 1e-12, norm, torch.inf)  # rounding, of a student that is the full network still
-        return math.sqrt(gradient.shape[1]) / norm * gradient
+        return math.sqrt(m.shape[1]) / norm * m
 
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
         falling = max(0.0, step.index / step.total - hold) / (1 - hold)
         now = rate * (1 + math.cos(math.pi * falling)) / 2
+        for site, gradient in gradients.items():
+            state[site] = momentum * state[site] + gradient if site in state else gradient
         if over == "site":
-            directions = [scaled(gradient) for gradient in gradients.values()]
+            directions = {site: scaled(state[site]) for site in gradients}
         else:
             sizes = [gradient.shape[1] for gradient in gradients.values()]
-            directions = list(scaled(torch.cat(list(gradients.values()), 1)).split(sizes, 1))
-        for site, direction in zip(gradients, directions, strict=True):
-            state[site] = momentum * state[site] + direction if site in state else direction
-            scores[site] -= now * state[site]
+            every = scaled(torch.cat([state[site] for site in gradients], 1))
+            directions = dict(zip(gradients, every.split(sizes, 1), strict=True))
+        for site, direction in directions.items():
+            scores[site] -= now * direction
 
     return update
 

@@ -38,13 +38,14 @@ class Samples:
 
     rows: (samples,) the task's row. positive: (samples,) bool, the sample is of that task. classes: which outputs of
     the model say yes to the task: (samples,) the one output, or (samples, outputs) booleans; the label where outputs
-    are no classes. targets: what the loader yielded third, if it did.
+    are no classes. targets: what the loader yielded third, if it did. step: how many steps were before.
     """
 
     rows: Tensor
     classes: Tensor
     positive: Tensor
     targets: Any = None
+    step: int = 0
 
 
 @dataclass(frozen=True)
