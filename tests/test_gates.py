@@ -45,6 +45,8 @@ def test_gradients_lead_through_gates_and_closed_values(rows: tuple[int, int]) -
 
     assert torch.autograd.gradcheck(gated, (x, g, closed))
     assert torch.autograd.gradgradcheck(gated, (x, g, closed))
+    several = torch.vmap(gated, (0, None, None))(torch.stack([x, 2 * x]), g, closed)
+    torch.testing.assert_close(several, torch.stack([gated(x, g, closed), gated(2 * x, g, closed)]))
 
 
 def test_gate_takes_blocks_and_windows() -> None:
