@@ -128,7 +128,7 @@ def test_less_to_keep_takes_more_steps_and_as_many_times_the_images() -> None:
     method = replace(methods.contrastive(images=64), pace=2.0)
     for share, times in ((0.8, 1), (0.55, 1), (0.275, 4), (0.01, 12)):
         paced = method.paced(share)
-        assert (paced.steps, paced.images) == (76 * times, 64 * times)
+        assert (paced.steps, paced.images) == (82 * times, 64 * times)
         assert paced.paced(0.01) == paced  # once only
     given = methods.contrastive(steps=50, images=7).paced(0.1)
     assert (given.steps, given.images) == (50, 7)
