@@ -11,7 +11,7 @@ from .. import objectives
 from .estimators import ANNEALED, cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
-PACE = {"contrastive": 3.46, "class-only": 1.0}  # 82 steps for a share of 0.55 and 668 for one of 0.3 came out well
+PACE = {"contrastive": 3.72, "class-only": 1.0}  # 82 steps for a share of 0.55 and 782 for one of 0.3 came out well
 TURNS = 3  # steps in which each site is compared with the open network's once; to compare all each time costs a tenth
 LARGEST, TINY = 100.0, 1e-12  # a factor and a square; logits that hardly differ differ by rounding
 
