@@ -554,7 +554,7 @@ def test_push_publishes_what_inspect_then_finds(hub: Hub, capsys: pytest.Capture
 
 def test_units_draws_one_classs_flow_and_proves_it(measured_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--weights", str(measured_file.parent / "w.pt"), "--image-size", "32", "--data", "digits"]
-    assert run("units", str(measured_file), "--task", "3", *options, "--images", "2", "--prove", "-o", "u.json") == 0
+    assert run("units", str(measured_file), "--task", "5", *options, "--images", "2", "--prove", "-o", "u.json") == 0
     shown = capsys.readouterr().out
     assert "the same" in shown
     figures = re.search(r"the target, when an edge's source is closed +(\S+) +(\S+)", shown)
