@@ -379,11 +379,16 @@ def steps(bench: Bench, options: argparse.Namespace) -> None:
             last[:] = progress.samples, time.process_time()
 
         bench.learn(method="contrastive", progress=report, **cache)
-        step, floor = 1000 * statistics.mean(took), 1000 * statistics.mean(forward)  # steps differ, in turns
+        step, floor = 1000 * typical(took), 1000 * typical(forward)
         targets.add(f"{name}: ms a sample", step)
         targets.add(f"{name}: F, a forward pass without gradients, ms a sample", floor)
         targets.add(f"{name}: time / {passes} F", step / (passes * floor), "≤ 1.15")
     targets.show()
+
+
+def typical(times: Sequence[float]) -> float:
+    """Median over three in a row: steps differ, by turns."""
+    return statistics.median(statistics.mean(times[first : first + 3]) for first in range(len(times) - 2))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
