@@ -272,7 +272,7 @@ class Learner:
             step = self.step(index, selection, labels)
             leaves = [{site: x.detach().requires_grad_() for site, x in part.items()} for part in learnt]
             table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
-            moving = on_device(batch.samples, self.teacher.forward.device, index)
+            moving = replace(on_device(batch.samples, self.teacher.forward.device), step=index)
             gated = self.gates.apply(by_sample(table, moving.rows), by_sample(self.constants(leaves[1]), moving.rows))
             with gated, self.teacher.forward.fused:
                 terms = self.terms(batch, moving, table)
@@ -373,10 +373,10 @@ def by_sample(table: Table, rows: Tensor) -> Table:
     return dict(zip(table, wide.split([x.shape[1] for x in table.values()], 1), strict=True))
 
 
-def on_device(samples: Samples, device: torch.device, step: int = 0) -> Samples:
+def on_device(samples: Samples, device: torch.device) -> Samples:
     parts = (samples.rows, samples.classes, samples.positive)
     rows, classes, positive = (part.to(device) for part in parts)
-    return Samples(rows, classes, positive, samples.targets, step)
+    return Samples(rows, classes, positive, samples.targets)
 
 
 def terms_of(losses: object, tasks: int, learns: bool = True) -> Mapping[str, Tensor]:

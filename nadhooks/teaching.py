@@ -277,10 +277,11 @@ class _Rows:
         places, staying = [self.places[key] for key in keys], self.staying
         first, end = (places[0], places[0] + len(places)) if places else (0, 0)
         together = places == list(range(first, end)) and not first < staying < end
+        rows = None if together else torch.tensor(places, dtype=torch.long)
 
         def take(table: Tensor, passers: Tensor, order: list[int]) -> Tensor:
-            if not together:
-                found = _rows(table, passers, torch.tensor(places, dtype=torch.long), staying)
+            if rows is not None:
+                found = _rows(table, passers, rows, staying)
             elif end <= staying:  # as they were put in: no copy; rows stay as they are, whatever is written behind
                 found = table.data[first:end]
             else:

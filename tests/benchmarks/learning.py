@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import nadhooks
 from nadhooks import methods
 from nadhooks.evaluation import recognition
+from nadhooks.methods.fidelity import TURNS
 from nadhooks.progress import Progress
 from nadhooks.sampling import generator
 
@@ -387,8 +388,8 @@ def steps(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def typical(times: Sequence[float]) -> float:
-    """Median over three in a row: steps differ, by turns."""
-    return statistics.median(statistics.mean(times[first : first + 3]) for first in range(len(times) - 2))
+    """Median over as many in a row as there are turns, for steps differ by turns."""
+    return statistics.median(statistics.mean(times[first : first + TURNS]) for first in range(len(times) - TURNS + 1))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
