@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,38 +38,9 @@ def gate(
     if closed is None:
         return x.mul_(g) if overwrite else g * x
     c = _spread(closed, x, axis, block, alternating, views)
-    return cast(Tensor, _Blend.apply(x, g, c)) if torch.is_grad_enabled() else _blended(x, g, c)
-
-
-def _blended(x: Tensor, g: Tensor, c: Tensor) -> Tensor:
-    """g·x + (1 − g)·c in one pass over x. g and c: in x's shape, of size 1 where all are alike."""
-    return torch.addcmul((1 - g) * c, g, x)
-
-
-class _Blend(torch.autograd.Function):
-    """`_blended`, with a way back that passes over x once less than the one that autograd knows."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, g: Tensor, c: Tensor) -> Tensor:
-        return _blended(x, g, c)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, g, c), (grad,) = ctx.saved_tensors, grads
-        to_x, to_g, to_c = ctx.needs_input_grad
-        rows = torch.broadcast_shapes(g.shape, c.shape)
-        total = grad.sum_to_size(rows) if to_g or to_c else grad
-        return (
-            grad * g if to_x else None,
-            ((grad * x).sum_to_size(rows) - total * c).sum_to_size(g.shape) if to_g else None,
-            (total * (1 - g)).sum_to_size(c.shape) if to_c else None,
-        )
+    if not torch.is_grad_enabled():
+        return torch.addcmul(c - g * c, g, x)  # one pass over x; on the way back it would be one more
+    return (g * x).add_(c - g * c)
 
 
 def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = None) -> Tensor:
