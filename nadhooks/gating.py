@@ -63,7 +63,7 @@ def _spread(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(units,) or (batch or 1, units) in the shape of x, of size 1 where all are alike."""
-    rows = torch.atleast_2d(rows)
+    rows = rows if rows.dim() > 1 else rows[None]
     if len(rows) not in (1, x.shape[0]):
         if x.shape[0] % len(rows):
             raise TaskError(

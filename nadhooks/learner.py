@@ -307,7 +307,7 @@ class Learner:
         return terms_of(losses, len(next(iter(table.values()))))
 
     def check(self, losses: Tensor, gradients: Sequence[Tensor], index: int) -> None:
-        if bool(torch.cat([losses, *(gradient.flatten() for gradient in gradients)]).isfinite().all()):
+        if bool(losses.isfinite().all() & torch.cat(list(gradients), 1).isfinite().all()):
             return
         what = "gradient" if bool(losses.isfinite().all()) else "loss"
         value = float(losses.detach().sum()) if what == "loss" else float("nan")
@@ -328,7 +328,7 @@ class Learner:
         clock: Clock,
         held_out: Mapping[str, float],
     ) -> None:
-        kept = torch.cat([gate.detach() > 0.5 for gate in table.values()], 1).double().mean()
+        kept = (torch.cat(list(table.values()), 1) > 0.5).double().mean()
         report = Progress(
             batch.done,
             batch.total,

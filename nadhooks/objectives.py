@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Output = Literal["softmax", "sigmoid", "any"]
 
@@ -96,18 +97,20 @@ def relative_mse(activation: Tensor, teacher: Tensor) -> Tensor:
 class _SquaredDistance(torch.autograd.Function):
     """Σ (a − b)² over everything but the batch, (batch, …) -> (batch,).
 
-    Sites are large: it passes over them as rarely as can be, and keeps for the way back nothing but what is there.
+    Sites are large: it passes over them as rarely as can be, and keeps for the way back their difference alone.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return _sum_of_squares(a - b)
+        difference = a - b
+        ctx.save_for_backward(difference)
+        return _sum_of_squares(difference)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (a, b), (grad,) = ctx.saved_tensors, grads
-        slope = (a - b).mul_((2 * grad).to(a.dtype).reshape(-1, *[1] * (a.dim() - 1)))
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        (difference,) = ctx.saved_tensors
+        slope = difference * (2 * grad).to(difference.dtype).reshape(-1, *[1] * (difference.dim() - 1))
         return slope, -slope if ctx.needs_input_grad[1] else None
 
 

@@ -277,11 +277,12 @@ class _Rows:
         places, staying = [self.places[key] for key in keys], self.staying
         first, end = (places[0], places[0] + len(places)) if places else (0, 0)
         together = places == list(range(first, end)) and not first < staying < end
-        rows = None if together else torch.tensor(places, dtype=torch.long)
+        rows = torch.tensor(places, dtype=torch.long)
+        late = max(places, default=0) >= staying
 
         def take(table: Tensor, passers: Tensor, order: list[int]) -> Tensor:
-            if rows is not None:
-                found = _rows(table, passers, rows, staying)
+            if not together:
+                found = _mixed(table, passers, rows, staying) if late else table.index_select(0, rows.to(table.device))
             elif end <= staying:  # as they were put in: no copy; rows stay as they are, whatever is written behind
                 found = table.data[first:end]
             else:
@@ -295,13 +296,11 @@ class _Rows:
         return [x.permute(order) for x, order in zip(values, self.orders, strict=True)]
 
 
-def _rows(table: Tensor, passers: Tensor, rows: Tensor, staying: int) -> Tensor:
+def _mixed(table: Tensor, passers: Tensor, rows: Tensor, staying: int) -> Tensor:
     """Rows of the first `staying` of a table, with others, those that are `late`, behind them."""
+    rows = rows.to(table.device)
     late = rows >= staying
-    if not bool(late.any()):
-        return table.index_select(0, rows.to(table.device))
     found = table.new_empty(len(rows), *table.shape[1:])
-    rows, late = rows.to(table.device), late.to(table.device)
     found[~late], found[late] = table[rows[~late]], passers[rows[late] - staying]
     return found
 

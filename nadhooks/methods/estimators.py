@@ -109,7 +109,7 @@ def momentum_step(
         falling = max(0.0, step.index / step.total - hold) / (1 - hold)
         now = rate * (1 + math.cos(math.pi * falling)) / 2
         for site, gradient in gradients.items():
-            state[site] = momentum * state[site] + gradient if site in state else gradient
+            state[site] = gradient.add(state[site], alpha=momentum) if site in state else gradient
         if over == "site":
             directions = {site: scaled(state[site]) for site in gradients}
         else:
@@ -117,7 +117,7 @@ def momentum_step(
             every = scaled(torch.cat([state[site] for site in gradients], 1))
             directions = dict(zip(gradients, every.split(sizes, 1), strict=True))
         for site, direction in directions.items():
-            scores[site] -= now * direction
+            scores[site].sub_(direction, alpha=now)
 
     return update
 
