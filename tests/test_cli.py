@@ -563,6 +563,12 @@ def test_units_draws_one_classs_flow_and_proves_it(measured_file: Path, capsys: 
     graph = nadhooks.read_graph("u.json")
     assert graph.graph["level"] == "unit"
     assert graph.graph["images"] == 2
+    shut = nadhooks.load(measured_file)
+    shut.replaced(values={site: torch.zeros_like(gates) for site, gates in shut.values.items()}).save("shut")
+    assert run("units", "shut", "--task", "5", *options, "--images", "2", "--prove", "-o", "u.json") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"the target, when an edge's source is closed +none +none", shown)
+    assert "none: no edges to compare" in shown
     assert run("units", str(measured_file), "--task", "3", *options, "-o", "no/u.svg") == 1
     assert "no is not a directory" in capsys.readouterr().err
     assert run("units", str(measured_file), "--task", "7", *options) == 1

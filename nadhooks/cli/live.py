@@ -129,8 +129,11 @@ def _units(options: argparse.Namespace) -> None:
             ("the logit, when only the target sees that", found.paths),
             ("the logit, when a unit is closed", found.units),
         ):
-            lines.add_row(words, f"{agreement.spearman:.3f}", f"{agreement.pearson:.3f}")
+            figures = agreement.spearman, agreement.pearson
+            lines.add_row(words, *("none" if math.isnan(figure) else f"{figure:.3f}" for figure in figures))
         out.print(lines)
+        if not graph.number_of_edges():
+            say("none: no edges to compare; what this mask lets through is the same for all images")
         gone = found.removal
         say(
             f"recall {gone.recall:.3f}; without the {gone.units} units that add most "
