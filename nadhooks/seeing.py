@@ -167,7 +167,7 @@ def _wanted(graph: nx.DiGraph, units: Mapping[str, Sequence[int]] | None) -> dic
         if data.get("kind") == "unit":
             wanted.setdefault(data["site"], []).append(data["unit"])
     if not wanted:
-        raise NadhooksError("expected a unit-level graph, or units={site: units} for a site-level one")
+        raise NadhooksError("expected a graph with units, or units={site: units}; this one is site-level or empty")
     return wanted
 
 

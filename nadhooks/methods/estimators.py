@@ -101,7 +101,7 @@ def momentum_step(
     """
 
     def scaled(m: Tensor) -> Tensor:
-        norm = m.norm(dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(m, dim=1, keepdim=True)
         norm = torch.where(norm > 1e-12, norm, torch.inf)  # rounding, of a student that is the full network still
         return math.sqrt(m.shape[1]) / norm * m
 
