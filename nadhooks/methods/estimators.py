@@ -27,7 +27,7 @@ def straight_through_topk(scores: Table, step: Step) -> Table:
     return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
 
 
-def perturbed_topk(noise: float = 1.5) -> Estimator:
+def perturbed_topk(noise: float = 1.4) -> Estimator:
     """`straight_through_topk` of scores with uniform noise, less and less of it over the first 70 % of the steps.
 
     Which units are within the budget varies, so that gradients are not those of one choice alone; without noise units
