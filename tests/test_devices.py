@@ -64,7 +64,9 @@ def test_the_second_device_refuses_to_be_mixed_with_the_first(device: torch.devi
         {"method": "routing"},
         {"method": "random"},
     ],
-    ids=lambda options: ", ".join(getattr(value, "name", str(type(value).__name__)) for value in options.values()),
+    ids=lambda options: ", ".join(
+        f"{key} {getattr(value, 'name', value)}" for key, value in options.items() if key != "held_out"
+    ),
 )
 def test_masks_are_the_cpus_to_the_last_bit(device: torch.device, options: dict[str, Any]) -> None:
     def learnt(model: nn.Module) -> nadhooks.Masks:
