@@ -18,7 +18,7 @@ from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
 KEY = "nadhooks-run"
-VERSION = 2
+VERSION = 3
 
 Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -253,6 +253,26 @@ def test_updates_are_their_formulas() -> None:
     assert lengths == pytest.approx([2.0, 2.0, 2.0, 2.0, *falling])
 
 
+@pytest.mark.parametrize(("begin", "end"), [(0.7, 1.0), (0.5, 0.8)])
+def test_averaged_scores_are_means_and_then_stay(begin: float, end: float) -> None:
+    """Until then the update goes on from its own scores; all that is remembered is in its state."""
+    gradients = [{"a": torch.randn(2, 3, dtype=torch.float64)} for _ in range(10)]
+    plain, mean, seen = {"a": torch.zeros(2, 3).double()}, {"a": torch.zeros(2, 3).double()}, []
+    states: list[methods.Table] = [{}, {}]
+    first, last = round(10 * begin), round(10 * end) - 1
+    for index, gradient in enumerate(gradients):
+        methods.momentum_step(0.5)(plain, gradient, step(index, 10), states[0])
+        seen.append(plain["a"].clone())
+        methods.averaged(methods.momentum_step(0.5), begin, end)(mean, gradient, step(index, 10), states[1])
+        states[1] = {name: value.clone() for name, value in states[1].items()}
+        expected = plain["a"] if index < last else torch.stack(seen[first : last + 1]).mean(0)
+        torch.testing.assert_close(mean["a"], expected)
+    for steps in (1, 2, 3):  # of few steps the last one
+        few = {"a": torch.zeros(2, 3).double()}
+        methods.averaged(methods.normalised_step(1.0))(few, gradients[0], step(steps - 1, steps), {})
+        torch.testing.assert_close(few["a"], -torch.nn.functional.normalize(gradients[0]["a"], dim=1))
+
+
 @pytest.mark.parametrize("output", ["softmax", "sigmoid"])
 def test_contrastive_minds_how_logits_differ_and_not_how_small_they_are(output: objectives.Output) -> None:
     teacher = torch.tensor([[4.0, 1.0, -3.0], [-2.0, 3.0, 1.0], [1.0, 0.0, 2.0], [0.0, -4.0, 3.0]]).double()
@@ -278,12 +298,15 @@ def test_contrastive_minds_how_logits_differ_and_not_how_small_they_are(output: 
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
-def test_activations_are_compared_at_each_site_in_turn(number: int) -> None:
+@pytest.mark.parametrize(("method", "most"), [(methods.contrastive, 6), (methods.class_only, 3)])
+def test_activations_are_compared_at_each_site_in_turn(
+    method: Callable[..., methods.Method], most: int, number: int
+) -> None:
     names = [f"site{index}" for index in range(number)]
     gates = {name: torch.ones(1, 2) for name in names}
     random = torch.Generator().manual_seed(0)
     open_, gated = ({name: torch.randn(2, 2, 5, generator=random) for name in names} for _ in range(2))
-    loss = methods.contrastive(activation=2.0).objective
+    loss = method(activation=2.0).objective
     logits, row = torch.zeros(2, 3), torch.tensor([0, 0])
 
     def activation(step: int, sites: Mapping[str, Tensor]) -> float:
@@ -292,7 +315,7 @@ def test_activations_are_compared_at_each_site_in_turn(number: int) -> None:
         assert isinstance(terms, Mapping)
         return float(terms["activation"])
 
-    turns = min(3, number)
+    turns = min(most, number)
     alone = {name: [activation(step, {**open_, name: gated[name]}) > 0 for step in range(turns)] for name in names}
     assert all(sum(seen) == 1 for seen in alone.values())  # each site's turn comes, once
     changes = sum(objectives.relative_mse(gated[name], open_[name]) for name in names)

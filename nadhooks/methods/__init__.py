@@ -12,7 +12,15 @@ from ..budgets import Budget
 from ..errors import NadhooksError
 from .authors import nad
 from .baselines import activation, random, routing, taylor
-from .estimators import hard_concrete, momentum_step, normalised_step, perturbed_topk, sigmoid, straight_through_topk
+from .estimators import (
+    averaged,
+    hard_concrete,
+    momentum_step,
+    normalised_step,
+    perturbed_topk,
+    sigmoid,
+    straight_through_topk,
+)
 from .fidelity import class_only, contrastive, from_objective
 from .parts import Estimator, Losses, Method, Objective, Pass, Samples, Step, Table, Update
 
@@ -51,6 +59,7 @@ __all__ = [
     "Table",
     "Update",
     "activation",
+    "averaged",
     "class_only",
     "contrastive",
     "from_objective",

@@ -27,7 +27,7 @@ def straight_through_topk(scores: Table, step: Step) -> Table:
     return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
 
 
-def perturbed_topk(noise: float = 1.4) -> Estimator:
+def perturbed_topk(noise: float = 1.0) -> Estimator:
     """`straight_through_topk` of scores with uniform noise, less and less of it over the first 70 % of the steps.
 
     Which units are within the budget varies, so that gradients are not those of one choice alone; without noise units
@@ -120,6 +120,30 @@ def momentum_step(
             scores[site].sub_(direction, alpha=now)
 
     return update
+
+
+def averaged(update: Update, begin: float = ANNEALED, end: float = 1.0) -> Update:
+    """As `update` until `end`, a part of the steps; scores are then their means since `begin`, and stay so.
+
+    An open unit's gate has less of a gradient than a closed one's, since what the unit puts out is as in the full
+    network then. Without noise units at the edge of the budget therefore take turns, and which of them are kept in the
+    last step is chance. (Averages of the last steps: Jain et al., JMLR 2018.)
+    """
+
+    def averaging(scores: Table, gradients: Table, step: Step, state: Table) -> None:
+        first = min(round(begin * step.total), step.total - 1)
+        last = max(first, round(end * step.total) - 1)
+        if step.index > last:
+            return
+        update(scores, gradients, step, state)
+        for site, score in scores.items() if step.index >= first else ():
+            key = f"{site}, average"
+            share = score / (last - first + 1)
+            state[key] = state[key] + share if key in state else share
+            if step.index == last:
+                score.copy_(state[key])
+
+    return averaging
 
 
 def gather(scores: Table, gradients: Table, step: Step, state: Table) -> None:

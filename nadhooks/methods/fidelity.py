@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from .estimators import ANNEALED, cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
+from .estimators import ANNEALED, averaged, cubic, momentum_step, near_zero, perturbed_topk, straight_through_topk
 from .parts import Method, Objective, Output, Pass, Samples, Table
 
 PACE = {"contrastive": 3.72, "class-only": 1.0}  # 82 steps for a share of 0.55 and 782 for one of 0.3 came out well
-TURNS = 3  # steps in which each site is compared with the open network's once; to compare all each time costs a tenth
+TURNS = {"contrastive": 6, "class-only": 3}  # steps in which each site is compared with the open network's once
 LARGEST, TINY = 100.0, 1e-12  # a factor and a square; logits that hardly differ differ by rounding
 
 
@@ -24,7 +24,7 @@ def contrastive(
     momentum: float = 0.8,
     activation: float = 2.75,
     contrast: float = 0.85,
-    noise: float = 1.4,
+    noise: float = 1.0,
     floor: float = 0.25,
     constants: float = 0.0015,
     images: int = 64,
@@ -34,12 +34,13 @@ def contrastive(
 
     Scores start near 0; each pass uses the hard gates of the highest scores over all sites, a share that falls from 1
     to `keep` along a cubic, with noise of `noise` times their standard deviation at first and none in the end;
-    gradients go straight through to the scores, in steps of one length for each task. What closed units put out is
-    learnt along with them, in steps of `constants` standard deviations of each unit. Loss of a task: −log p(class),
-    mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full network, mean over
-    uniformly drawn negatives, both of logits brought to the spread of the full network's, plus `activation` × the mean
-    over sites of the relative squared change of the activations, on positives and on negatives; a third of the sites in
-    each step, by turns.
+    gradients go straight through to the scores, in steps of one length for each task. From 70 % of the steps to 90 %
+    scores are averaged; the averages' best units are kept, and the last steps are for what closed units put out. That
+    is learnt along with the scores, in steps of `constants` standard deviations of each unit. Loss of a task:
+    −log p(class), mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full
+    network, mean over uniformly drawn negatives, both of logits brought to the spread of the full network's, plus
+    `activation` × the mean over sites of the relative squared change of the activations, on positives and on negatives;
+    a sixth of the sites in each step, by turns.
 
     floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
         and no gradient either, so that it stayed closed.
@@ -50,7 +51,9 @@ def contrastive(
         "contrastive", steps, 82, positives, negatives, momentum, activation, contrast, constants, images, output
     )
     options = {**method.options, "noise": noise, "floor": floor}
-    return replace(method, estimator=perturbed_topk(noise), floor=floor, closed="optimal", options=options)
+    update = averaged(momentum_step(momentum), end=0.9)  # the last tenth is for what closed units put out alone
+    estimator = perturbed_topk(noise)
+    return replace(method, estimator=estimator, update=update, floor=floor, closed="optimal", options=options)
 
 
 def class_only(
@@ -81,7 +84,7 @@ def from_objective(objective: Objective) -> Method:
     name = getattr(objective, "__name__", type(objective).__name__)
     draws = {"steps": 0, "positives": 0, "negatives": 0, "images": 0}
     method = replace(contrastive(output="any"), name=name, objective=objective, compares=True, options=draws)
-    return replace(method, update=momentum_step(0.8, over="site"), closed="mean")
+    return replace(method, update=averaged(momentum_step(0.8, over="site")), closed="mean")
 
 
 def _straight_through(
@@ -102,15 +105,16 @@ def _straight_through(
     options: dict[str, float | str] = {"steps": steps, "positives": positives, "negatives": negatives}
     options |= {"momentum": momentum, "activation": activation, "constants": constants, "images": images}
     options |= ({"contrast": contrast} if negatives else {}) | ({} if output == "softmax" else {"output": output})
+    objective = _fidelity(activation, contrast, output, TURNS[name])
     return Method(
-        name, _fidelity(activation, contrast, output), straight_through_topk, momentum_step(momentum), near_zero,
-        "balanced", "mean", 0.55, schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=pace,
-        positives=positives, negatives=negatives, images=images, options=options,
+        name, objective, straight_through_topk, averaged(momentum_step(momentum)), near_zero, "balanced", "mean", 0.55,
+        schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=pace, positives=positives,
+        negatives=negatives, images=images, options=options,
         closing=momentum_step(0.8, over="site", rate=constants, hold=ANNEALED),
     )  # fmt: skip
 
 
-def _fidelity(activation: float, contrast: float, output: Output) -> Objective:
+def _fidelity(activation: float, contrast: float, output: Output, turns: int) -> Objective:
     def objective(student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
         tasks = len(next(iter(gates.values())))
         yes, no = samples.positive, ~samples.positive
@@ -123,10 +127,10 @@ def _fidelity(activation: float, contrast: float, output: Output) -> Objective:
         if contrast:
             terms["negatives"] = contrast * objectives.per_task(divergence[no], samples.rows[no], tasks)
         if activation:
-            turns = min(TURNS, len(gates))
-            sites = list(gates)[samples.step % turns :: turns]
+            apart = min(turns, len(gates))
+            sites = list(gates)[samples.step % apart :: apart]
             change = [objectives.relative_mse(student.sites[site], teacher.sites[site]) for site in sites]
-            mean = turns / len(gates) * torch.stack(change).sum(0)  # (samples,)
+            mean = apart / len(gates) * torch.stack(change).sum(0)  # (samples,)
             halves = [objectives.per_task(mean[part], samples.rows[part], tasks) for part in (yes, no)]
             terms["activation"] = activation * torch.stack(halves).sum(0)
         return terms

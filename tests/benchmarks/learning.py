@@ -389,7 +389,8 @@ def steps(bench: Bench, options: argparse.Namespace) -> None:
 
 def typical(times: Sequence[float]) -> float:
     """Median over as many in a row as there are turns, for steps differ by turns."""
-    return statistics.median(statistics.mean(times[first : first + TURNS]) for first in range(len(times) - TURNS + 1))
+    turns = TURNS["contrastive"]
+    return statistics.median(statistics.mean(times[first : first + turns]) for first in range(len(times) - turns + 1))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
