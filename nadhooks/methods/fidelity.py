@@ -34,7 +34,7 @@ def contrastive(
 
     Scores start near 0; each pass uses the hard gates of the highest scores over all sites, a share that falls from 1
     to `keep` along a cubic, with noise of `noise` times their standard deviation at first and none in the end;
-    gradients go straight through to the scores, in steps of one length for each task. From 70 % of the steps to 90 %
+    gradients go straight through to the scores, in steps of one length for each task. From 65 % of the steps to 90 %
     scores are averaged; the averages' best units are kept, and the last steps are for what closed units put out. That
     is learnt along with the scores, in steps of `constants` standard deviations of each unit. Loss of a task:
     −log p(class), mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full
@@ -51,7 +51,7 @@ def contrastive(
         "contrastive", steps, 82, positives, negatives, momentum, activation, contrast, constants, images, output
     )
     options = {**method.options, "noise": noise, "floor": floor}
-    update = averaged(momentum_step(momentum), end=0.9)  # the last tenth is for what closed units put out alone
+    update = averaged(momentum_step(momentum), 0.65, 0.9)  # from when units are furthest apart; then constants alone
     estimator = perturbed_topk(noise)
     return replace(method, estimator=estimator, update=update, floor=floor, closed="optimal", options=options)
 
