@@ -136,7 +136,9 @@ def averaged(update: Update, begin: float = ANNEALED, end: float = 1.0) -> Updat
         if step.index > last:
             return
         update(scores, gradients, step, state)
-        for site, score in scores.items() if step.index >= first else ():
+        if step.index < first:
+            return
+        for site, score in scores.items():
             key = f"{site}, average"
             share = score / (last - first + 1)
             state[key] = state[key] + share if key in state else share
