@@ -153,6 +153,101 @@ def test_the_model_is_given_back_whatever_happens() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Pooled(nn.Module):
+    """Two ReLUs before poolings; what else becomes of the first one's tensor is up to a subclass."""
+
+    def __init__(self, inplace: bool = True, **pool: Any) -> None:
+        super().__init__()
+        self.conv1, self.relu1, self.pool1 = nn.Conv2d(2, 4, 3), nn.ReLU(inplace), nn.MaxPool2d(2, **pool)
+        self.conv2, self.relu2, self.pool2 = nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(inplace), nn.MaxPool2d(2, **pool)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.conv1(x))
+        return self.head(self.pool2(self.relu2(self.conv2(x))).mean((2, 3)))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.pool1(self.relu1(x))
+
+
+class Beside(Pooled):
+    """The ReLU's output goes elsewhere too; in place that is its input."""
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.pool1(self.relu1(x)) + x[..., 3:, 3:].mean()
+
+
+class PooledBoth(Pooled):
+    """The pooling takes something else besides."""
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.pool1(self.relu1(x)) + self.pool1(-x.detach())
+
+
+class Leaky(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_pooling_goes_before_relu_to_the_last_bit(inplace: bool) -> None:
+    model, x = built(lambda: Pooled(inplace, stride=1, padding=1, ceil_mode=True)), images(2).requires_grad_()
+    found = found_in(model, x)
+    assert names(model, found) == {"relu1", "pool1", "relu2", "pool2"}
+
+    def shown() -> list[Tensor]:
+        sizes: list[Tensor] = []
+        handle = model.relu1.register_forward_hook(lambda module, args, output: sizes.append((output >= 0).all()))
+        out = model(x)
+        handle.remove()
+        return [*sizes, out, *torch.autograd.grad(out.square().sum(), x)]
+
+    rectified, out, gradient = shown()
+    with found:
+        before, *same = shown()
+    assert rectified
+    assert not before  # what reaches the pooling then
+    assert torch.equal(same[0], out)
+    assert torch.equal(same[1], gradient)
+
+
+@pytest.mark.parametrize("kind", [Beside, PooledBoth])
+def test_a_relu_whose_output_goes_elsewhere_too_stays(kind: type[nn.Module]) -> None:
+    model, x = built(kind), images(2)
+    assert names(model, found_in(model, x)) == {"relu2", "pool2"}
+
+
+def test_relus_and_poolings_of_other_kinds_and_those_that_are_looked_at_stay() -> None:
+    model, x = built(Pooled), images(2)
+    model.relu1.register_forward_hook(lambda module, args, output: None)
+    model.pool2.register_forward_pre_hook(lambda module, args: None)
+    assert names(model, found_in(model, x)) == set()
+    model = built(Pooled)
+    model.relu1, model.pool2 = Leaky(), nn.AvgPool2d(2)
+    assert names(model, found_in(model, x)) == set()
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)).double()
+    assert names(model, found_in(model, x)) == set()
+
+
+def test_a_convolution_that_is_changed_in_place_takes_in_no_norm() -> None:
+    class Shared(Small):
+        """One convolution for a norm, and for a ReLU in place with a pooling behind it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+
+        def first(self, x: Tensor) -> Tensor:
+            return self.norm1(x) + self.pool(self.relu(self.conv1(images(2)))).mean()
+
+    model, x = built(Shared), images(2)
+    found = found_in(model, x)
+    assert names(model, found) == {"conv2", "norm2", "relu", "pool"}
+    with found:
+        out = model(x)
+    torch.testing.assert_close(out, model(x), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sites", [["conv1", "norm2"], ["norm1", "conv2"]])
 def test_learning_finds_the_same_with_and_without(sites: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(Small)
