@@ -18,7 +18,7 @@ from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
 KEY = "nadhooks-run"
-VERSION = 3
+VERSION = 4
 
 Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 
@@ -86,7 +86,9 @@ class Checkpoint:
             for name, x in table.items()
         }
         steps = [stand.step for stand in self.phases]
-        told = {KEY: json.dumps({"version": VERSION, "run": self.run, "steps": steps}, sort_keys=True)}
+        # the file has them by name; the order of sites counts for methods that take them by turns
+        about = {"version": VERSION, "run": self.run, "steps": steps, "tensors": list(tensors)}
+        told = {KEY: json.dumps(about, sort_keys=True)}
         try:
             write_bytes(self.path, safetensors.torch.save(tensors, told))
         except OSError as error:
@@ -117,7 +119,7 @@ class Checkpoint:
                 told = json.loads((file.metadata() or {})[KEY])
                 steps: list[int] = told["steps"]
                 phases = [Stand(index, {}) for index in steps]
-                for key in file.keys():  # noqa: SIM118  # it is no mapping
+                for key in told.get("tensors", []):
                     number, part, name = key.split("/", 2)
                     phases[int(number)].tables.setdefault(part, {})[name] = file.get_tensor(key)
         except Exception as error:  # of many kinds

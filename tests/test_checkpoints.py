@@ -133,6 +133,16 @@ def test_wherever_a_run_stops_it_ends_the_same(cache: int, tmp_path: Path) -> No
         assert all(torch.equal(resumed[site], whole[site]) for site in ("conv1", "act2")), stop
 
 
+@pytest.mark.parametrize("after", range(1, 8))
+def test_sites_keep_their_turns_wherever_a_run_stops(after: int, tmp_path: Path) -> None:
+    """They are compared by turns, in the order of the network, which is not that of their names."""
+    sites, whole, resumed = ["conv1", "act1"], list[Progress](), list[Progress]()
+    learn(None, sites=sites, progress=whole.append)
+    stopped(tmp_path / "run", after, sites=sites)
+    learn(tmp_path / "run", sites=sites, progress=resumed.append)
+    assert [report.terms for report in resumed] == [report.terms for report in whole[after:]]
+
+
 def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     expected = learn(None)
     stopped(tmp_path / "run")
