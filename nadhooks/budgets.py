@@ -86,6 +86,10 @@ class Selection:
         vars(other).update(vars(self), targets=shares.double().cpu()[:, None].expand(-1, len(self.groups)))
         return other
 
+    def shares(self) -> Tensor:
+        """(tasks or 1,) what each may keep, of several groups the one that may keep least."""
+        return self.targets.amin(1)
+
     def rows(self, rows: Tensor) -> Selection:
         """The same for some tasks."""
         other = object.__new__(Selection)

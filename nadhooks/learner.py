@@ -186,7 +186,7 @@ class Learner:
     def learn(self, selection: Selection | None) -> Learnt:
         """What the method learns for all tasks, with so much to keep."""
         if selection is not None:
-            shares = selection.targets.amin(1)  # (tasks or 1,)
+            shares = selection.shares()
             self.method = self.asked.paced(float(shares[0]) if bool((shares == shares[0]).all()) else SEVERAL)
         method, data, labels = self.method, self.data, self.tasks.labels
         self.told_at = 0
@@ -261,6 +261,8 @@ class Learner:
         states = [tables.setdefault(f"{part}, state", {}) for part in Learnt._fields]
         if begun < 0:
             return learnt
+        scores = next(iter(initial.values()))
+        keep = None if selection is None else selection.shares().expand(len(labels)).to(scores)
         samples = 0
         for index, batch in enumerate(batches):
             samples += len(batch.keys)
@@ -272,7 +274,7 @@ class Learner:
             step = self.step(index, selection, labels)
             leaves = [{site: x.detach().requires_grad_() for site, x in part.items()} for part in learnt]
             table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
-            moving = replace(on_device(batch.samples, self.teacher.forward.device), step=index)
+            moving = replace(on_device(batch.samples, self.teacher.forward.device), step=index, keep=keep)
             gated = self.gates.apply(by_sample(table, moving.rows), by_sample(self.constants(leaves[1]), moving.rows))
             with gated, self.teacher.forward.fused:
                 terms = self.terms(batch, moving, table)

@@ -58,6 +58,12 @@ def spread(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tens
     return (finite - finite.nanmean(1, keepdim=True)).square().nanmean(1)
 
 
+def log_odds(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
+    """log p(class) − log p(any other), (batch,); classes, output: as for `cross_entropy`."""
+    own, others = _binary_log(outputs, classes, output).unbind(1)
+    return own - others
+
+
 def log_probability(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
     """log p(class), (batch,)."""
     return _binary_log(outputs, classes, output)[:, 0]

@@ -219,6 +219,30 @@ def test_what_closed_units_put_out_is_learnt_as_by_hand() -> None:
     assert masks.closed == "optimal"
 
 
+@pytest.mark.parametrize(
+    ("keep", "share"),
+    [
+        (0.3, 0.3),
+        (3, 3 / HIDDEN),
+        (methods.Budget(0.5, over="site"), 0.5),
+        (methods.Budget(0.4, by="parameters"), 0.4),
+        (None, None),
+    ],
+)
+def test_objectives_are_told_what_is_kept_in_the_end(keep: Any, share: float | None) -> None:
+    model, seen = net(), []
+
+    def objective(student: Any, teacher: Any, samples: Any, gates: methods.Table) -> Tensor:
+        seen.append(samples.keep)
+        return torch.stack([gate.sum(1) for gate in gates.values()]).sum(0)
+
+    method = methods.nad(epochs=1) if keep is None else methods.contrastive(steps=2)
+    nadhooks.learn(model, loader(), "act", method=replace(method, objective=objective), keep=keep)
+    told = [None if shares is None else shares.tolist() for shares in seen]
+    assert told == [None if share is None else [share] * 3] * len(seen)
+    assert seen
+
+
 def test_learning_leaves_the_model_and_the_random_state_as_found() -> None:
     model, data = net(), loader()
     model.train()

@@ -324,6 +324,69 @@ def test_activations_are_compared_at_each_site_in_turn(
     assert activation(turns, gated) == activation(0, gated)
 
 
+def weighed(method: methods.Method, keep: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+    """The loss of two tasks with two samples each, an own one and another."""
+    random = torch.Generator().manual_seed(0)
+    outputs, teacher = (torch.randn(4, 3, generator=random).double() for _ in range(2))
+    open_, gated = ({"a": torch.randn(4, 2, 5, generator=random).double()} for _ in range(2))
+    rows, positive = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, True, False])
+    samples = methods.Samples(rows, torch.tensor([0, 0, 2, 2]), positive, keep=keep)
+    gates = {"a": torch.ones(2, 2, dtype=torch.float64)}
+    terms = method.objective(methods.Pass(outputs, gated), methods.Pass(teacher, open_), samples, gates)
+    assert isinstance(terms, Mapping)
+    return terms
+
+
+@pytest.mark.parametrize(
+    ("keep", "times"),
+    [([0.55, 0.3], [1, 1]), ([0.7, 0.1], [2.25, 1]), ([0.9, 1.0], [6, 6]), ([0.8, 0.55], [5.0625, 1])],
+)
+def test_activations_weigh_more_where_less_is_closed(keep: list[float], times: list[float]) -> None:
+    for method, expected in ((methods.contrastive(), times), (methods.class_only(), [1, 1])):
+        usual, now = (weighed(method, given)["activation"] for given in (None, torch.tensor(keep, dtype=torch.float64)))
+        torch.testing.assert_close(now, usual * torch.tensor(expected).double())
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
+def test_order_counts_where_little_is_kept(output: objectives.Output) -> None:
+    method = methods.contrastive(order=2.0, output=output)
+    assert "order" not in weighed(method, None)
+    assert "order" not in weighed(method, torch.tensor([0.25, 0.55]))
+    assert "order" not in weighed(methods.contrastive(order=0), torch.tensor([0.1, 0.1]))
+    assert "order" not in weighed(methods.class_only(), torch.tensor([0.1, 0.1]))
+    one, both = (weighed(method, torch.tensor(keep).double())["order"] for keep in ([0.05, 0.3], [0.05, 0.125]))
+    assert one[0] == both[0] > 0
+    assert one[1] == 0
+    terms = {keep: weighed(method, torch.tensor([keep, keep]).double()) for keep in (0.05, 0.125)}
+    torch.testing.assert_close(terms[0.05]["order"], 4 * terms[0.125]["order"])
+    negatives = weighed(method, None)["negatives"]
+    torch.testing.assert_close(terms[0.05]["negatives"], 1.8 * negatives)
+    torch.testing.assert_close(terms[0.125]["negatives"], 1.2 * negatives)
+    assert torch.equal(weighed(method, torch.tensor([0.25, 0.55]))["negatives"], negatives)
+
+
+@pytest.mark.parametrize("small", [1.0, 1e-3])
+def test_order_is_the_loss_of_pairs_that_are_as_far_apart_as_in_the_full_network(small: float) -> None:
+    rows = torch.tensor([0, 1, 0, 1, 0, 0])
+    positive = torch.tensor([True, False, False, True, True, False])
+    teacher = torch.tensor([4.0, -1.0, -3.0, 2.0, 1.0, 0.5]).double()[:, None]
+    student = small * torch.tensor([1.0, 2.0, 3.0, -1.0, 0.0, -2.0]).double()[:, None] + 7
+    samples = methods.Samples(rows, torch.zeros(6).long(), positive, keep=torch.full((2,), 0.125).double())
+    gates = {"a": torch.ones(2, 1, dtype=torch.float64)}
+    loss = methods.contrastive(activation=0, order=1.0, output="sigmoid").objective  # where log-odds are the outputs
+    terms = loss(methods.Pass(student, {}), methods.Pass(teacher, {}), samples, gates)
+    assert isinstance(terms, Mapping)
+    for task in (0, 1):
+        own, spread = rows == task, [x[rows == task, 0].std(correction=0) for x in (student, teacher)]
+        odds = student[:, 0] / spread[0] * spread[1]
+        pairs = [odds[other] - odds[mine] for mine in range(6) for other in range(6) if own[mine] and own[other]
+                 and positive[mine] and not positive[other]]  # fmt: skip
+        torch.testing.assert_close(terms["order"][task], torch.stack(pairs).exp().log1p().mean())
+    alike = loss(methods.Pass(torch.ones_like(student), {}), methods.Pass(teacher, {}), samples, gates)
+    assert isinstance(alike, Mapping)
+    torch.testing.assert_close(alike["order"], torch.full((2,), math.log(2)).double())
+
+
 # --- baselines ---
 
 

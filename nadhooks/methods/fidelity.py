@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import objectives
@@ -13,7 +14,9 @@ from .parts import Method, Objective, Output, Pass, Samples, Table
 
 PACE = {"contrastive": 3.72, "class-only": 1.0}  # 82 steps for a share of 0.55 and 782 for one of 0.3 came out well
 TURNS = {"contrastive": 6, "class-only": 3}  # steps in which each site is compared with the open network's once
-LARGEST, TINY = 100.0, 1e-12  # a factor and a square; logits that hardly differ differ by rounding
+CLOSED, EMPHASIS = 0.45, 6.0  # the share closed that activations weigh as much as `activation` says from, most above
+FEW = 0.25  # the share kept below which the order of samples counts
+TINY = 1e-12  # a square; logits that hardly differ differ by rounding
 
 
 def contrastive(
@@ -24,6 +27,7 @@ def contrastive(
     momentum: float = 0.8,
     activation: float = 2.75,
     contrast: float = 0.85,
+    order: float = 0.7,
     noise: float = 1.0,
     floor: float = 0.25,
     constants: float = 0.0015,
@@ -40,16 +44,18 @@ def contrastive(
     −log p(class), mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full
     network, mean over uniformly drawn negatives, both of logits brought to the spread of the full network's, plus
     `activation` × the mean over sites of the relative squared change of the activations, on positives and on negatives;
-    a sixth of the sites in each step, by turns.
+    a sixth of the sites in each step, by turns. Where less than 0.45 of the units is closed, activations weigh more, up
+    to six times as much. Where less than a quarter is kept, by few = 0.25 / share − 1, negatives count 1 + few / 5
+    times as much, and `order` × few × log(1 + exp(−difference of log-odds)) is added, mean over pairs of a positive and
+    a negative.
 
     floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
         and no gradient either, so that it stayed closed.
     steps: by default 82 for a `keep` of 0.55, and more for less (see `Method.pace`). images: of each label, in memory;
         more of them as there are more steps, unless `steps` is given.
     """
-    method = _straight_through(
-        "contrastive", steps, 82, positives, negatives, momentum, activation, contrast, constants, images, output
-    )
+    objective = _Fidelity(TURNS["contrastive"], output, activation, contrast, order)
+    method = _straight_through("contrastive", steps, 82, positives, negatives, momentum, objective, constants, images)
     options = {**method.options, "noise": noise, "floor": floor}
     update = averaged(momentum_step(momentum), 0.65, 0.9)  # from when units are furthest apart; then constants alone
     estimator = perturbed_topk(noise)
@@ -73,9 +79,8 @@ def class_only(
     third of the sites in each step, and scores averaged over the last 30 % of the steps. steps: by default 40 for a
     `keep` of 0.55.
     """
-    return _straight_through(
-        "class-only", steps, 40, positives, 0, momentum, activation, 0.0, constants, images, output
-    )
+    objective = _Fidelity(TURNS["class-only"], output, activation)
+    return _straight_through("class-only", steps, 40, positives, 0, momentum, objective, constants, images)
 
 
 def from_objective(objective: Objective) -> Method:
@@ -96,48 +101,93 @@ def _straight_through(
     positives: int,
     negatives: int,
     momentum: float,
-    activation: float,
-    contrast: float,
+    objective: _Fidelity,
     constants: float,
     images: int,
-    output: Output,
 ) -> Method:
     pace = PACE[name] if steps is None else 0.0
     steps = usual if steps is None else steps
     options: dict[str, float | str] = {"steps": steps, "positives": positives, "negatives": negatives}
-    options |= {"momentum": momentum, "activation": activation, "constants": constants, "images": images}
-    options |= ({"contrast": contrast} if negatives else {}) | ({} if output == "softmax" else {"output": output})
-    objective = _fidelity(activation, contrast, output, TURNS[name])
+    options |= {"momentum": momentum, "activation": objective.activation, "constants": constants, "images": images}
+    options |= {"contrast": objective.contrast, "order": objective.order} if negatives else {}
+    options |= {} if objective.output == "softmax" else {"output": objective.output}
     return Method(
         name, objective, straight_through_topk, averaged(momentum_step(momentum)), near_zero, "balanced", "mean", 0.55,
-        schedule=cubic, output=output, compares=activation > 0, steps=steps, pace=pace, positives=positives,
-        negatives=negatives, images=images, options=options,
+        schedule=cubic, output=objective.output, compares=objective.activation > 0, steps=steps, pace=pace,
+        positives=positives, negatives=negatives, images=images, options=options,
         closing=momentum_step(0.8, over="site", rate=constants, hold=ANNEALED),
     )  # fmt: skip
 
 
-def _fidelity(activation: float, contrast: float, output: Output, turns: int) -> Objective:
-    def objective(student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Fidelity:
+    """The objective of both; without `contrast` there are own samples alone, which have nothing to be told from."""
+
+    turns: int
+    output: Output
+    activation: float
+    contrast: float = 0.0
+    order: float = 0.0
+
+    def __call__(self, student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
         tasks = len(next(iter(gates.values())))
         yes, no = samples.positive, ~samples.positive
         outputs = student.outputs
-        if contrast:  # own samples alone have nothing to be told from
-            outputs = _to_scale(outputs, teacher.outputs, samples, tasks, output)
-        divergence = objectives.binary_kl(outputs, teacher.outputs, samples.classes, output)
-        surprise = objectives.cross_entropy(outputs, samples.classes, output) if contrast else divergence
+        if self.contrast:
+            outputs = _to_scale(outputs, teacher.outputs, samples, tasks, self.output)
+        divergence = objectives.binary_kl(outputs, teacher.outputs, samples.classes, self.output)
+        surprise = objectives.cross_entropy(outputs, samples.classes, self.output) if self.contrast else divergence
         terms = {"positives": objectives.per_task(surprise[yes], samples.rows[yes], tasks)}
-        if contrast:
-            terms["negatives"] = contrast * objectives.per_task(divergence[no], samples.rows[no], tasks)
-        if activation:
-            apart = min(turns, len(gates))
+        if self.contrast:
+            few = _few(samples)
+            weight = self.contrast * (1 + few / 5)  # or order would be had by saying yes to nearly all
+            terms["negatives"] = weight * objectives.per_task(divergence[no], samples.rows[no], tasks)
+            if self.order and bool((few > 0).any()):
+                misordered = _misordered(student.outputs, teacher.outputs, samples, tasks, self.output)
+                terms["order"] = self.order * few * misordered
+        if self.activation:
+            apart = min(self.turns, len(gates))
             sites = list(gates)[samples.step % apart :: apart]
             change = [objectives.relative_mse(student.sites[site], teacher.sites[site]) for site in sites]
             mean = apart / len(gates) * torch.stack(change).sum(0)  # (samples,)
             halves = [objectives.per_task(mean[part], samples.rows[part], tasks) for part in (yes, no)]
-            terms["activation"] = activation * torch.stack(halves).sum(0)
+            emphasis = _emphasis(samples) if self.contrast else 1
+            terms["activation"] = self.activation * emphasis * torch.stack(halves).sum(0)
         return terms
 
-    return objective
+
+def _few(samples: Samples) -> Tensor:
+    """How far below a quarter the share is that is kept, (tasks,): 0 from there on, 1 at an eighth."""
+    return torch.zeros(()) if samples.keep is None else (FEW / samples.keep - 1).clamp(min=0)
+
+
+def _emphasis(samples: Samples) -> Tensor | float:
+    """How many times as much activations weigh where less is closed than usual, (tasks,).
+
+    They change less there, and what else the loss asks for leaves open which units do it.
+    """
+    if samples.keep is None:
+        return 1.0
+    return (CLOSED / (1 - samples.keep).clamp(min=TINY)).square().clamp(1, EMPHASIS)
+
+
+def _misordered(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, output: Output) -> Tensor:
+    """log(1 + exp(another's log-odds − own sample's)), mean over a task's pairs (RankNet; Burges et al., ICML 2005).
+
+    Log-odds brought to the spread over the task's samples that the full network's have: where so few units are left
+    that every sample is answered alike, the other terms ask for another answer to all, and only this one for different
+    ones.
+    """
+    now, before = (objectives.log_odds(x, samples.classes, output) for x in (outputs, teacher))
+
+    def variance(x: Tensor) -> Tensor:
+        mean = objectives.per_task(x, samples.rows, tasks)
+        return objectives.per_task((x - mean[samples.rows]).square(), samples.rows, tasks)
+
+    now = now * _factor(variance(before), variance(now.detach()), 1e4)[samples.rows]
+    together = samples.rows[:, None] == samples.rows
+    own, others = (together & samples.positive[:, None] & ~samples.positive).nonzero(as_tuple=True)
+    return objectives.per_task(F.softplus(now[others] - now[own]), samples.rows[own], tasks)
 
 
 def _to_scale(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, output: Output) -> Tensor:
@@ -151,6 +201,10 @@ def _to_scale(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, ou
         objectives.per_task(objectives.spread(x, samples.classes, output), samples.rows, tasks)
         for x in (teacher, outputs.detach())
     )
-    least = (before / LARGEST**2).clamp(min=TINY)
-    factor = (before.clamp(min=TINY) / torch.maximum(after, least)).sqrt()  # (tasks,)
-    return outputs * factor[samples.rows][:, None]
+    return outputs * _factor(before, after, 100.0)[samples.rows][:, None]
+
+
+def _factor(before: Tensor, after: Tensor, largest: float) -> Tensor:
+    """What brings values of one variance to another, at most `largest`."""
+    least = (before / largest**2).clamp(min=TINY)
+    return (before.clamp(min=TINY) / torch.maximum(after, least)).sqrt()

@@ -38,7 +38,8 @@ class Samples:
 
     rows: (samples,) the task's row. positive: (samples,) bool, the sample is of that task. classes: which outputs of
     the model say yes to the task: (samples,) the one output, or (samples, outputs) booleans; the label where outputs
-    are no classes. targets: what the loader yielded third, if it did. step: how many steps were before.
+    are no classes. targets: what the loader yielded third, if it did. step: how many steps were before. keep: (tasks,)
+    the share that each task keeps in the end, None without a budget.
     """
 
     rows: Tensor
@@ -46,6 +47,7 @@ class Samples:
     positive: Tensor
     targets: Any = None
     step: int = 0
+    keep: Tensor | None = None
 
 
 @dataclass(frozen=True)
