@@ -279,7 +279,9 @@ class Learner:
             with gated, self.teacher.forward.fused:
                 terms = self.terms(batch, moving, table)
                 shown = moving.rows.unique()  # a penalty must not move tasks that the batch does not show
-                losses = torch.stack([term[shown] for term in terms.values()]).sum(0)
+                if len(shown) < len(labels):
+                    terms = {name: term[shown] for name, term in terms.items()}
+                losses = torch.stack(list(terms.values())).sum(0)
                 # inside `with`: activation checkpointing runs the forward pass again in here
                 moved = [x for part in leaves for x in part.values()]
                 gradients = torch.autograd.grad(losses.sum(), moved, materialize_grads=True)
@@ -291,10 +293,9 @@ class Learner:
                         update(part, dict(zip(part, half, strict=True)), step, state)
             self.checkpoint.note(index + 1, tables)
             if self.reports:
-                parts = {name: term[shown] for name, term in terms.items()}
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
                     held_out = self.told(batch, labels, learnt, selection)
-                    self.report(batch, losses, parts, table, samples, clock, held_out)
+                    self.report(batch, losses, terms, table, samples, clock, held_out)
         self.checkpoint.note(-1, learnt._asdict())
         return learnt
 

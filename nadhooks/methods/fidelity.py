@@ -131,17 +131,16 @@ class _Fidelity:
 
     def __call__(self, student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
         tasks = len(next(iter(gates.values())))
-        yes, no = samples.positive, ~samples.positive
         outputs = student.outputs
         if self.contrast:
             outputs = _to_scale(outputs, teacher.outputs, samples, tasks, self.output)
         divergence = objectives.binary_kl(outputs, teacher.outputs, samples.classes, self.output)
         surprise = objectives.cross_entropy(outputs, samples.classes, self.output) if self.contrast else divergence
-        terms = {"positives": objectives.per_task(surprise[yes], samples.rows[yes], tasks)}
+        terms = {"positives": _by_side(surprise, samples, tasks)[:, 1]}
         if self.contrast:
             few = _few(samples)
             weight = self.contrast * (1 + few / 5)  # or order would be had by saying yes to nearly all
-            terms["negatives"] = weight * objectives.per_task(divergence[no], samples.rows[no], tasks)
+            terms["negatives"] = weight * _by_side(divergence, samples, tasks)[:, 0]
             if self.order and bool((few > 0).any()):
                 misordered = _misordered(student.outputs, teacher.outputs, samples, tasks, self.output)
                 terms["order"] = self.order * few * misordered
@@ -150,10 +149,14 @@ class _Fidelity:
             sites = list(gates)[samples.step % apart :: apart]
             change = [objectives.relative_mse(student.sites[site], teacher.sites[site]) for site in sites]
             mean = apart / len(gates) * torch.stack(change).sum(0)  # (samples,)
-            halves = [objectives.per_task(mean[part], samples.rows[part], tasks) for part in (yes, no)]
             emphasis = _emphasis(samples) if self.contrast else 1
-            terms["activation"] = self.activation * emphasis * torch.stack(halves).sum(0)
+            terms["activation"] = self.activation * emphasis * _by_side(mean, samples, tasks).sum(1)
         return terms
+
+
+def _by_side(values: Tensor, samples: Samples, tasks: int) -> Tensor:
+    """Means of a task's negatives and of its positives: (samples,) -> (tasks, 2)."""
+    return objectives.per_task(values, 2 * samples.rows + samples.positive, 2 * tasks).reshape(tasks, 2)
 
 
 def _few(samples: Samples) -> Tensor:
