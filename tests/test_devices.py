@@ -56,6 +56,7 @@ def test_the_second_device_refuses_to_be_mixed_with_the_first(device: torch.devi
         {"method": FAST},
         {"method": FAST, "closed": "zero", "cache": 0},
         {"method": FAST, "keep": methods.Budget(0.5, over="site"), "held_out": batches()},
+        {"method": FAST, "keep": 0.15},
         {"method": FAST, "keep": methods.Budget(0.5, by="flops"), "start": "taylor"},
         {"method": "activation", "keep": None, "fidelity": 5.0},
         {"method": methods.class_only(steps=3, images=8)},
