@@ -187,7 +187,8 @@ class Learner:
         """What the method learns for all tasks, with so much to keep."""
         if selection is not None:
             shares = selection.shares()
-            self.method = self.asked.paced(float(shares[0]) if bool((shares == shares[0]).all()) else SEVERAL)
+            share = float(shares[0]) if bool((shares == shares[0]).all()) else SEVERAL
+            self.method = self.asked.paced(share, self.closed)
         method, data, labels = self.method, self.data, self.tasks.labels
         self.told_at = 0
         if method.sampling == "own":
@@ -238,7 +239,7 @@ class Learner:
             drawn = torch.stack([torch.rand(sum(units), generator=task) for task in random]).split(units, 1)
             return {name: part.to(x) for (name, x), part in zip(self.gates.logits.items(), drawn, strict=True)}
 
-        return Step(index, self.method.steps, left, best, noise)
+        return Step(index, self.method.steps, left, best, noise, closed=self.closed)
 
     def initial(self, labels: Sequence[object]) -> Table:
         random = [generator(self.seed, label) for label in labels]
@@ -274,17 +275,19 @@ class Learner:
             step = self.step(index, selection, labels)
             leaves = [{site: x.detach().requires_grad_() for site, x in part.items()} for part in learnt]
             table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
-            moving = replace(on_device(batch.samples, self.teacher.forward.device), step=index, keep=keep)
-            gated = self.gates.apply(by_sample(table, moving.rows), by_sample(self.constants(leaves[1]), moving.rows))
-            with gated, self.teacher.forward.fused:
-                terms = self.terms(batch, moving, table)
-                shown = moving.rows.unique()  # a penalty must not move tasks that the batch does not show
+            moving = on_device(batch.samples, self.teacher.forward.device)
+            moving = replace(moving, step=index, keep=keep, closed=self.closed)
+            rows, shallow = moving.rows, method.shallow_at(index)
+            handed = (self.led(by_sample(x, rows), shallow) for x in (table, self.constants(leaves[1])))
+            with self.gates.apply(*handed), self.teacher.forward.fused:
+                terms = self.terms(batch, moving, table, learns=not shallow)
+                shown = rows.unique()  # a penalty must not move tasks that the batch does not show
                 if len(shown) < len(labels):
                     terms = {name: term[shown] for name, term in terms.items()}
                 losses = torch.stack(list(terms.values())).sum(0)
                 # inside `with`: activation checkpointing runs the forward pass again in here
                 moved = [x for part in leaves for x in part.values()]
-                gradients = torch.autograd.grad(losses.sum(), moved, materialize_grads=True)
+                gradients = gradients_of(losses, moved)
             self.check(losses, gradients, index)
             with torch.no_grad():
                 updates, halves = (method.update, method.closing), (gradients[: len(table)], gradients[len(table) :])
@@ -299,7 +302,15 @@ class Learner:
         self.checkpoint.note(-1, learnt._asdict())
         return learnt
 
-    def terms(self, batch: Batch, samples: Samples, table: Table) -> Mapping[str, Tensor]:
+    def led(self, table: Table, shallow: bool) -> Table:
+        """{site: (samples, units)}: the first quarter of the sites gets gradients in deep steps alone, larger ones."""
+        if not self.method.shallow:
+            return table
+        deep = 1 / (1 - self.method.shallow)
+        first = {site: table[site] for site in list(table)[: len(table) // 4]}
+        return table | {site: x.detach() if shallow else x.detach().lerp(x, deep) for site, x in first.items()}
+
+    def terms(self, batch: Batch, samples: Samples, table: Table, learns: bool) -> Mapping[str, Tensor]:
         """What the objective gives. Of what the sites put out, only that outlives this which the way back needs."""
         answers = self.teacher.of(batch.inputs, batch.keys)
         student = self.teacher.forward(
@@ -307,7 +318,7 @@ class Learner:
         )
         losses = self.method.objective(student, answers, samples, table)
         self.teacher.sites.forget_passing()
-        return terms_of(losses, len(next(iter(table.values()))))
+        return terms_of(losses, len(next(iter(table.values()))), learns)
 
     def check(self, losses: Tensor, gradients: Sequence[Tensor], index: int) -> None:
         if bool(losses.isfinite().all() & torch.cat(list(gradients), 1).isfinite().all()):
@@ -374,6 +385,13 @@ def by_sample(table: Table, rows: Tensor) -> Table:
         return {}
     wide = torch.cat(list(table.values()), 1).index_select(0, rows)
     return dict(zip(table, wide.split([x.shape[1] for x in table.values()], 1), strict=True))
+
+
+def gradients_of(losses: Tensor, moved: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Zero where nothing leads back, as in a shallow step of an objective that looks at the first sites alone."""
+    if not losses.requires_grad:
+        return [torch.zeros_like(x) for x in moved]
+    return torch.autograd.grad(losses.sum(), moved, materialize_grads=True)
 
 
 def on_device(samples: Samples, device: torch.device) -> Samples:

@@ -110,7 +110,7 @@ def learn(
             if budget is not None:
                 selection = Selection(budget, gates.sites, _costs(budget, forward, sample), method.floor)
             if selection is not None and fidelity is None:
-                method = method.paced(float(selection.shares().min()))
+                method = method.paced(float(selection.shares().min()), closed)
             once = method.sampling == "own" and method.epochs == 1  # then no sample comes again to be looked up
             learner = Learner(
                 gates,

@@ -15,6 +15,7 @@ import nadhooks
 from nadhooks import methods, objectives, sampling
 from nadhooks.budgets import Budget
 from nadhooks.errors import LearningError, NadhooksError, SiteError, TaskError
+from nadhooks.gating import Closed
 from nadhooks.masks import Masks
 
 from .nets import Mlp, fair_line, images, labelled, seeded, sorted_by_label, vectors
@@ -253,6 +254,101 @@ def test_updates_are_their_formulas() -> None:
     assert lengths == pytest.approx([2.0, 2.0, 2.0, 2.0, *falling])
 
 
+class Deep(nn.Sequential):
+    """(batch, 4) -> (batch, 3) with nine sites, `tanh0` to `tanh8`, of five units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for site in range(9):
+            self.add_module(f"linear{site}", nn.Linear(5 if site else 4, 5))
+            self.add_module(f"tanh{site}", nn.Tanh())
+        self.add_module("head", nn.Linear(5, 3))
+
+
+def standing(method: methods.Method, **more: Any) -> list[dict[str, Tensor]]:
+    """The gradients of each step where scores stay as they are."""
+    model, seen = seeded(Deep), []
+
+    def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
+        seen.append({site: gradient.clone() for site, gradient in gradients.items()})
+
+    frozen = replace(method, update=update, closing=update if more.get("closed") == "optimal" else method.closing)
+    nadhooks.learn(model, labelled(model, vectors(60, seed=3)), "tanh*", method=frozen, tasks=[0, 1], **more)
+    return seen
+
+
+@pytest.mark.parametrize("closed", ["mean", "optimal"])
+def test_first_sites_get_gradients_in_deep_steps_alone_and_as_much_in_all(closed: str) -> None:
+    method = methods.contrastive(steps=40)
+    found, expected = (standing(each, closed=closed) for each in (method, replace(method, shallow=0.0)))
+    shallow = [method.shallow_at(index) for index in range(40)]
+    number = len(found) // 40  # gates' gradients, and then those of what closed units put out
+    assert number == (2 if closed == "optimal" else 1)
+    for index, (here, full) in enumerate(zip(found, expected, strict=True)):
+        times = 0.0 if shallow[index // number] else 1 / (1 - method.shallow)
+        assert here.keys() == full.keys()
+        for site in full:
+            first = site in ("tanh0", "tanh1")
+            torch.testing.assert_close(here[site], (times if first else 1.0) * full[site], rtol=1e-9, atol=1e-12)
+        if index % number == 0:
+            assert all(bool(gradient.any()) for gradient in full.values())
+    for turns in range(1, 7):  # that an objective may take: all come alike
+        for turn in range(turns):
+            of_turn = [method.shallow_at(index) for index in range(turn, 1500, turns)]
+            assert sum(of_turn) == pytest.approx(method.shallow * len(of_turn), rel=0.15)
+
+
+def test_shallow_steps_keep_nothing_of_the_first_sites_for_the_way_back() -> None:
+    kept: list[list[bool]] = []
+    method = methods.contrastive(steps=6, activation=0)
+
+    def objective(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> methods.Losses:
+        kept.append([student.sites[f"tanh{site}"].requires_grad for site in range(9)])
+        return method.objective(student, teacher, samples, gates)
+
+    standing(replace(method, objective=objective))
+    assert kept == [[not method.shallow_at(step)] * 2 + [True] * 7 for step in range(6)]
+    assert not all(each[0] for each in kept)
+
+
+def test_objectives_of_the_first_sites_alone_are_learnt_from_in_deep_steps() -> None:
+    def objective(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> Tensor:
+        return objectives.per_task(student.sites["tanh0"].mean((1, 2)), samples.rows, 2)
+
+    method = replace(methods.contrastive(steps=8), objective=objective)
+    seen = standing(method)
+    assert [bool(step["tanh0"].any()) for step in seen] == [not method.shallow_at(index) for index in range(8)]
+
+
+@pytest.mark.parametrize("closed", ["zero", "mean", "optimal"])
+def test_parts_of_a_method_know_what_closed_units_put_out(closed: Closed) -> None:
+    """Where that is not learnt, the last steps are for the scores as well, and there are more of them."""
+    told: list[str] = []
+    usual = methods.contrastive()
+
+    def objective(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> methods.Losses:
+        told.append(samples.closed)
+        return usual.objective(student, teacher, samples, gates)
+
+    def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> None:
+        told.append(step.closed)
+        usual.update(scores, gradients, step, state)
+
+    method = replace(usual, objective=objective, update=update)
+    nadhooks.learn(mlp(), mlp_loader(), "act", method=method, closed=closed, keep=4 / 7)
+    steps = 82 if closed == "optimal" else round(82 * (0.55 / (0.9 * 4 / 7)) ** usual.pace)
+    assert told == [closed] * 2 * steps
+    assert (steps > 82) == (closed != "optimal")
+    other = methods.class_only()  # whose closed units put out the mean as a rule
+    assert other.paced(0.55, "mean").steps == other.steps
+
+
 @pytest.mark.parametrize(("begin", "end"), [(0.7, 1.0), (0.5, 0.8)])
 def test_averaged_scores_are_means_and_then_stay(begin: float, end: float) -> None:
     """Until then the update goes on from its own scores; all that is remembered is in its state."""
@@ -267,6 +363,13 @@ def test_averaged_scores_are_means_and_then_stay(begin: float, end: float) -> No
         states[1] = {name: value.clone() for name, value in states[1].items()}
         expected = plain["a"] if index < last else torch.stack(seen[first : last + 1]).mean(0)
         torch.testing.assert_close(mean["a"], expected)
+    whole: list[methods.Table] = [{"a": torch.zeros(2, 3).double()} for _ in range(2)]
+    states = [{}, {}]
+    for index, gradient in enumerate(gradients):  # nothing is left to be done after `end`
+        without = replace(step(index, 10), closed="mean")
+        methods.averaged(methods.momentum_step(0.5), begin / end, 1.0)(whole[0], gradient, without, states[0])
+        methods.averaged(methods.momentum_step(0.5), begin, end)(whole[1], gradient, without, states[1])
+        torch.testing.assert_close(whole[0], whole[1])
     for steps in (1, 2, 3):  # of few steps the last one
         few = {"a": torch.zeros(2, 3).double()}
         methods.averaged(methods.normalised_step(1.0))(few, gradients[0], step(steps - 1, steps), {})
@@ -324,13 +427,15 @@ def test_activations_are_compared_at_each_site_in_turn(
     assert activation(turns, gated) == activation(0, gated)
 
 
-def weighed(method: methods.Method, keep: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+def weighed(
+    method: methods.Method, keep: torch.Tensor | None, closed: Closed = "optimal"
+) -> Mapping[str, torch.Tensor]:
     """The loss of two tasks with two samples each, an own one and another."""
     random = torch.Generator().manual_seed(0)
     outputs, teacher = (torch.randn(4, 3, generator=random).double() for _ in range(2))
     open_, gated = ({"a": torch.randn(4, 2, 5, generator=random).double()} for _ in range(2))
     rows, positive = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, True, False])
-    samples = methods.Samples(rows, torch.tensor([0, 0, 2, 2]), positive, keep=keep)
+    samples = methods.Samples(rows, torch.tensor([0, 0, 2, 2]), positive, keep=keep, closed=closed)
     gates = {"a": torch.ones(2, 2, dtype=torch.float64)}
     terms = method.objective(methods.Pass(outputs, gated), methods.Pass(teacher, open_), samples, gates)
     assert isinstance(terms, Mapping)
@@ -338,12 +443,15 @@ def weighed(method: methods.Method, keep: torch.Tensor | None) -> Mapping[str, t
 
 
 @pytest.mark.parametrize(
-    ("keep", "times"),
-    [([0.55, 0.3], [1, 1]), ([0.7, 0.1], [2.25, 1]), ([0.9, 1.0], [6, 6]), ([0.8, 0.55], [5.0625, 1])],
-)
-def test_activations_weigh_more_where_less_is_closed(keep: list[float], times: list[float]) -> None:
+    ("keep", "times", "closed"),
+    [([0.55, 0.3], [1, 1], "optimal"), ([0.7, 0.1], [2.25, 1], "optimal"), ([0.9, 1.0], [6, 6], "optimal"),
+     ([0.8, 0.55], [5.0625, 1], "optimal"), ([0.36, 0.2], [1, 1], "mean"), ([0.6, 0.9], [2.56, 40], "mean"),
+     ([0.36, 0.2], [1, 1], "zero"), ([0.6, 0.9], [2.56, 6], "zero")],
+)  # fmt: skip
+def test_activations_weigh_more_where_less_is_closed(keep: list[float], times: list[float], closed: Closed) -> None:
+    shares = torch.tensor(keep, dtype=torch.float64)
     for method, expected in ((methods.contrastive(), times), (methods.class_only(), [1, 1])):
-        usual, now = (weighed(method, given)["activation"] for given in (None, torch.tensor(keep, dtype=torch.float64)))
+        usual, now = (weighed(method, given, closed)["activation"] for given in (None, shares))
         torch.testing.assert_close(now, usual * torch.tensor(expected).double())
 
 
@@ -677,6 +785,7 @@ def test_options_are_checked() -> None:
         (lambda: methods.taylor(images=0), "taylor: expected positives of at least 1, got 0"),
         (lambda: methods.routing(steps=0), "routing: expected steps of at least 1, got 0"),
         (lambda: methods.contrastive(floor=1.5), "contrastive: expected a floor from 0 to 1, got 1.5"),
+        (lambda: methods.contrastive(shallow=1.0), "contrastive: expected shallow from 0 to below 1, got 1.0"),
         (lambda: methods.nad(output="linear"), "expected output 'softmax', 'sigmoid' or 'any', got 'linear'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(LearningError, match=message):

@@ -125,14 +125,17 @@ def momentum_step(
 def averaged(update: Update, begin: float = ANNEALED, end: float = 1.0) -> Update:
     """As `update` until `end`, a part of the steps; scores are then their means since `begin`, and stay so.
 
+    Steps after `end` are for what closed units put out; where that is not learnt, both are stretched to the whole run.
+
     An open unit's gate has less of a gradient than a closed one's, since what the unit puts out is as in the full
     network then. Without noise units at the edge of the budget therefore take turns, and which of them are kept in the
     last step is chance. (Averages of the last steps: Jain et al., JMLR 2018.)
     """
 
     def averaging(scores: Table, gradients: Table, step: Step, state: Table) -> None:
-        first = min(round(begin * step.total), step.total - 1)
-        last = max(first, round(end * step.total) - 1)
+        total = step.total if step.closed == "optimal" else step.total / end
+        first = min(round(begin * total), step.total - 1)
+        last = max(first, round(end * total) - 1)
         if step.index > last:
             return
         update(scores, gradients, step, state)

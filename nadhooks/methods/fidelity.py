@@ -14,7 +14,9 @@ from .parts import Method, Objective, Output, Pass, Samples, Table
 
 PACE = {"contrastive": 3.72, "class-only": 1.0}  # 82 steps for a share of 0.55 and 782 for one of 0.3 came out well
 TURNS = {"contrastive": 6, "class-only": 3}  # steps in which each site is compared with the open network's once
-CLOSED, EMPHASIS = 0.45, 6.0  # the share closed that activations weigh as much as `activation` says from, most above
+# by what closed units put out: the share closed from which on activations weigh as much as `activation` says, and how
+# many times as much at most where less is
+EMPHASIS = {"optimal": (0.45, 6.0), "mean": (0.64, 40.0), "zero": (0.64, 6.0)}
 FEW = 0.25  # the share kept below which the order of samples counts
 TINY = 1e-12  # a square; logits that hardly differ differ by rounding
 
@@ -30,6 +32,7 @@ def contrastive(
     order: float = 0.7,
     noise: float = 1.0,
     floor: float = 0.25,
+    shallow: float = 0.31,
     constants: float = 0.0015,
     images: int = 64,
     output: Output = "softmax",
@@ -45,9 +48,14 @@ def contrastive(
     network, mean over uniformly drawn negatives, both of logits brought to the spread of the full network's, plus
     `activation` × the mean over sites of the relative squared change of the activations, on positives and on negatives;
     a sixth of the sites in each step, by turns. Where less than 0.45 of the units is closed, activations weigh more, up
-    to six times as much. Where less than a quarter is kept, by few = 0.25 / share − 1, negatives count 1 + few / 5
-    times as much, and `order` × few × log(1 + exp(−difference of log-odds)) is added, mean over pairs of a positive and
-    a negative.
+    to six times as much. In a part of the steps, `shallow`, no gradient leads back to the first quarter of the sites;
+    in the others theirs is larger instead (see `Method`). Where less than a quarter is kept, by few = 0.25 / share − 1,
+    negatives count 1 + few / 5 times as much, and `order` × few × log(1 + exp(−difference of log-odds)) is added, mean
+    over pairs of a positive and a negative.
+
+    With `closed` "zero" or "mean", which leave nothing else to be learnt, scores have all the steps, of which there are
+    more (`Method.paced`), and activations weigh more where less than 0.64 is closed, with the mean up to 40 times as
+    much.
 
     floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
         and no gradient either, so that it stayed closed.
@@ -56,10 +64,12 @@ def contrastive(
     """
     objective = _Fidelity(TURNS["contrastive"], output, activation, contrast, order)
     method = _straight_through("contrastive", steps, 82, positives, negatives, momentum, objective, constants, images)
-    options = {**method.options, "noise": noise, "floor": floor}
+    options = {**method.options, "noise": noise, "floor": floor, "shallow": shallow}
     update = averaged(momentum_step(momentum), 0.65, 0.9)  # from when units are furthest apart; then constants alone
     estimator = perturbed_topk(noise)
-    return replace(method, estimator=estimator, update=update, floor=floor, closed="optimal", options=options)
+    return replace(
+        method, estimator=estimator, update=update, floor=floor, shallow=shallow, closed="optimal", options=options
+    )
 
 
 def class_only(
@@ -86,12 +96,13 @@ def class_only(
 def from_objective(objective: Objective) -> Method:
     """`contrastive` with another objective, for models of any output.
 
-    Every site moves as far, for an objective that says nothing of the sites may have nearly all its gradient in one.
+    Every site moves as far, for an objective that says nothing of the sites may have nearly all its gradient in one;
+    in every step, for one that is about the first sites alone says nothing in a shallow one.
     """
     name = getattr(objective, "__name__", type(objective).__name__)
     draws = {"steps": 0, "positives": 0, "negatives": 0, "images": 0}
-    method = replace(contrastive(output="any"), name=name, objective=objective, compares=True, options=draws)
-    return replace(method, update=averaged(momentum_step(0.8, over="site")), closed="mean")
+    method = replace(contrastive(output="any", shallow=0.0), name=name, objective=objective, options=draws)
+    return replace(method, compares=True, update=averaged(momentum_step(0.8, over="site")), closed="mean")
 
 
 def _straight_through(
@@ -171,7 +182,8 @@ def _emphasis(samples: Samples) -> Tensor | float:
     """
     if samples.keep is None:
         return 1.0
-    return (CLOSED / (1 - samples.keep).clamp(min=TINY)).square().clamp(1, EMPHASIS)
+    closed, most = EMPHASIS[samples.closed]
+    return (closed / (1 - samples.keep).clamp(min=TINY)).square().clamp(1, most)
 
 
 def _misordered(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, output: Output) -> Tensor:
