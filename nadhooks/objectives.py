@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Output = Literal["softmax", "sigmoid", "any"]
+TOGETHER = 2**20  # numbers of a site that are gone through at a time
 
 
 def cross_entropy(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
@@ -103,20 +104,21 @@ def relative_mse(activation: Tensor, teacher: Tensor) -> Tensor:
 class _SquaredDistance(torch.autograd.Function):
     """Σ (a − b)² over everything but the batch, (batch, …) -> (batch,).
 
-    Sites are large: it passes over them as rarely as can be, and keeps for the way back their difference alone.
+    Sites are large, and `nad` compares all of them at once: what is kept for the way back is there anyway, and the
+    difference is taken of some samples after others.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        difference = a - b
-        ctx.save_for_backward(difference)
-        return _sum_of_squares(difference)
+        ctx.save_for_backward(a, b)
+        some = max(1, TOGETHER // max(1, a[:1].numel()))
+        return torch.cat([_sum_of_squares(x - y) for x, y in zip(a.split(some), b.split(some), strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        (difference,) = ctx.saved_tensors
-        slope = difference * (2 * grad).to(difference.dtype).reshape(-1, *[1] * (difference.dim() - 1))
+        a, b = ctx.saved_tensors
+        slope = (a - b).mul_((2 * grad).to(a.dtype).reshape(-1, *[1] * (a.dim() - 1)))
         return slope, -slope if ctx.needs_input_grad[1] else None
 
 

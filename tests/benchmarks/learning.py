@@ -4,6 +4,8 @@
     python -m tests.benchmarks.learning --quick    # 5 to 10 minutes: one network, three classes, one seed
     python -m tests.benchmarks.learning --parts curve --figure docs/images/learning-curve.svg
 
+(`python tests/benchmarks/learning.py` is the same.)
+
 Two networks on Fashion-MNIST, a ResNet of nine sites and a VGG of six, are trained once (8 minutes) and kept in the
 cache directory. One thread; seconds are processor time, runs to be compared alternate. Nothing is chosen on held-out
 images: every method runs with its defaults. Parts:
@@ -43,6 +45,9 @@ from nadhooks import methods
 from nadhooks.evaluation import recognition
 from nadhooks.progress import Progress
 from nadhooks.sampling import generator
+
+if not __package__:  # as a file: python tests/benchmarks/learning.py
+    sys.path[0], __package__ = str(Path(__file__).parents[2]), "tests.benchmarks"
 
 from .. import planted
 from .networks import RESNET_SITES, SGD, VGG_SITES, pixels, resnet, trained, vgg
@@ -400,7 +405,7 @@ def memory(options: argparse.Namespace) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # memory goes back at once: no gaps are counted
     ours = ("nad, one epoch", "nad, two epochs, cache=0", "nad, two epochs")
     for what in ("reference", *ours):
-        call = [sys.executable, "-m", "tests.benchmarks.learning", "--measure", what, "--pixels", str(options.pixels)]
+        call = [sys.executable, __file__, "--measure", what, "--pixels", str(options.pixels)]
         done = subprocess.run(call, check=True, capture_output=True, text=True, env=environment)
         peaks[what] = json.loads(done.stdout) / 2**20
     targets = Targets(f"peak memory above the network's own, ResNet50 at {options.pixels} pixels, batch {BATCH}, MiB")
