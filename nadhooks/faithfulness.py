@@ -83,10 +83,8 @@ def divergence(learner: Learner, learnt: Found) -> Tensor:
                     terms = terms_of(method.objective(student, answers, moving, table), len(tasks), learns=False)
                 else:
                     far = objectives.binary_kl(student.outputs, answers.outputs, moving.classes, method.output)
-                    terms = {
-                        str(part): objectives.per_task(far[part], moving.rows[part], len(tasks))
-                        for part in (moving.positive, ~moving.positive)
-                    }
+                    no, yes = objectives.per_side(far, moving.rows, moving.positive, len(tasks)).unbind(1)
+                    terms = {"positives": yes, "negatives": no}
             found.append(torch.stack(list(terms.values())).sum(0))
         parts.append(torch.stack(found).mean(0).cpu())
     return torch.cat(parts)

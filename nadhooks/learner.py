@@ -278,7 +278,7 @@ class Learner:
             moving = on_device(batch.samples, self.teacher.forward.device)
             moving = replace(moving, step=index, keep=keep, closed=self.closed)
             rows, shallow = moving.rows, method.shallow_at(index)
-            handed = (self.led(by_sample(x, rows), shallow) for x in (table, self.constants(leaves[1])))
+            handed = (self.lead_back(by_sample(x, rows), shallow) for x in (table, self.constants(leaves[1])))
             with self.gates.apply(*handed), self.teacher.forward.fused:
                 terms = self.terms(batch, moving, table, learns=not shallow)
                 shown = rows.unique()  # a penalty must not move tasks that the batch does not show
@@ -302,7 +302,7 @@ class Learner:
         self.checkpoint.note(-1, learnt._asdict())
         return learnt
 
-    def led(self, table: Table, shallow: bool) -> Table:
+    def lead_back(self, table: Table, shallow: bool) -> Table:
         """{site: (samples, units)}: the first quarter of the sites gets gradients in deep steps alone, larger ones."""
         if not self.method.shallow:
             return table

@@ -140,3 +140,8 @@ def per_task(values: Tensor, rows: Tensor, tasks: int) -> Tensor:
     sums = values.new_zeros(tasks, *values.shape[1:]).index_add(0, rows, values)
     counts = torch.bincount(rows, minlength=tasks).to(values.dtype).clamp(min=1)
     return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
+
+
+def per_side(values: Tensor, rows: Tensor, positive: Tensor, tasks: int) -> Tensor:
+    """Means of a task's negatives and of its positives: (samples,) values, task rows and booleans -> (tasks, 2)."""
+    return per_task(values, 2 * rows + positive, 2 * tasks).reshape(tasks, 2)

@@ -34,3 +34,12 @@ def test_spread_is_the_variance_of_what_is_finite_or_the_own_logit_squared() -> 
     pairs = torch.tensor([[True, True, False], [False, True, True]])
     assert objectives.spread(outputs, pairs, "sigmoid").tolist() == [9, 4]
     assert objectives.spread(outputs.bfloat16(), classes).dtype == torch.float32
+
+
+def test_sides_of_a_task_have_means_of_their_own() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], requires_grad=True)
+    rows, positive = torch.tensor([0, 2, 0, 0, 2]), torch.tensor([True, False, False, False, False])
+    found = objectives.per_side(values, rows, positive, 3)
+    assert found.tolist() == [[6.0, 1.0], [0.0, 0.0], [9.0, 0.0]]  # zero without samples
+    (gradient,) = torch.autograd.grad(found[:, 0].sum(), values)
+    assert gradient.tolist() == [0.0, 0.5, 0.5, 0.5, 0.5]

@@ -47,10 +47,7 @@ def taylor(*, images: int = 32, output: Output = "softmax") -> Method:
     def objective(student: Pass, teacher: Pass, samples: Samples, gates: Table) -> Tensor:
         tasks = len(next(iter(gates.values())))
         surprise = objectives.cross_entropy(student.outputs, samples.classes, output)
-        yes, no = (
-            objectives.per_task(surprise[part], samples.rows[part], tasks)
-            for part in (samples.positive, ~samples.positive)
-        )
+        no, yes = objectives.per_side(surprise, samples.rows, samples.positive, tasks).unbind(1)
         return yes - no
 
     steps, positives = _draws(images)

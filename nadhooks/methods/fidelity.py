@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -142,16 +143,17 @@ class _Fidelity:
 
     def __call__(self, student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
         tasks = len(next(iter(gates.values())))
+        by_side = partial(objectives.per_side, rows=samples.rows, positive=samples.positive, tasks=tasks)
         outputs = student.outputs
         if self.contrast:
             outputs = _to_scale(outputs, teacher.outputs, samples, tasks, self.output)
         divergence = objectives.binary_kl(outputs, teacher.outputs, samples.classes, self.output)
         surprise = objectives.cross_entropy(outputs, samples.classes, self.output) if self.contrast else divergence
-        terms = {"positives": _by_side(surprise, samples, tasks)[:, 1]}
+        terms = {"positives": by_side(surprise)[:, 1]}
         if self.contrast:
             few = _few(samples)
             weight = self.contrast * (1 + few / 5)  # or order would be had by saying yes to nearly all
-            terms["negatives"] = weight * _by_side(divergence, samples, tasks)[:, 0]
+            terms["negatives"] = weight * by_side(divergence)[:, 0]
             if self.order and bool((few > 0).any()):
                 misordered = _misordered(student.outputs, teacher.outputs, samples, tasks, self.output)
                 terms["order"] = self.order * few * misordered
@@ -161,13 +163,8 @@ class _Fidelity:
             change = [objectives.relative_mse(student.sites[site], teacher.sites[site]) for site in sites]
             mean = apart / len(gates) * torch.stack(change).sum(0)  # (samples,)
             emphasis = _emphasis(samples) if self.contrast else 1
-            terms["activation"] = self.activation * emphasis * _by_side(mean, samples, tasks).sum(1)
+            terms["activation"] = self.activation * emphasis * by_side(mean).sum(1)
         return terms
-
-
-def _by_side(values: Tensor, samples: Samples, tasks: int) -> Tensor:
-    """Means of a task's negatives and of its positives: (samples,) -> (tasks, 2)."""
-    return objectives.per_task(values, 2 * samples.rows + samples.positive, 2 * tasks).reshape(tasks, 2)
 
 
 def _few(samples: Samples) -> Tensor:

@@ -140,7 +140,7 @@ class Method:
         return replace(self, steps=round(self.steps * times), images=images, pace=0.0)
 
     def shallow_at(self, index: int) -> bool:
-        """Every so many-th step; with 0.31 in time with no turns that an objective takes."""
+        """Whether a step is one of those; 0.31 of the steps keep time with no turns that an objective takes."""
         return int((index + 1) * self.shallow) > int(index * self.shallow)
 
     def __post_init__(self) -> None:
