@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+CACHED = 2**16  # numbers that a processor keeps at hand
+
 
 def size(inputs: Any) -> int | None:
     """How many samples there are; None if parts differ in it or there is no part."""
@@ -66,6 +68,11 @@ def in_memory_format(inputs: Any, memory_format: torch.memory_format) -> Any:
         return torch.empty_like(x, memory_format=memory_format).copy_(x) if x.dim() == 4 else x
 
     return pytree.tree_map_only(Tensor, change, inputs)
+
+
+def few(x: Tensor) -> int:
+    """How many of a tensor's samples to go through at a time, so that what is computed stays in a processor's cache."""
+    return max(1, CACHED // max(1, x[:1].numel())) if x.device.type == "cpu" else max(1, len(x))
 
 
 def nbytes(inputs: Any) -> int:

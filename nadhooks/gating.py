@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from .batching import few
 from .errors import NadhooksError, SiteError, TaskError
 from .sites import Site
 
 Closed = Literal["zero", "mean", "optimal"]  # what a closed unit puts out
+LARGE = 2**18  # numbers of a site, from which on passes over it cost more than what Python does
 
 
 def gate(
@@ -38,9 +40,49 @@ def gate(
     if closed is None:
         return x.mul_(g) if overwrite else g * x
     c = _spread(closed, x, axis, block, alternating, views)
-    if not torch.is_grad_enabled():
-        return torch.addcmul(c - g * c, g, x)  # one pass over x; on the way back it would be one more
-    return (g * x).add_(c - g * c)
+    offset = c - g * c
+    if not (g.requires_grad and torch.is_grad_enabled()):
+        return torch.addcmul(offset, g, x)  # one pass over x; on the way back to g it would be one more
+    if x.numel() < LARGE or torch.compiler.is_compiling():  # a compiler makes one pass of it by itself
+        return (g * x).add_(offset)
+    return cast(Tensor, _Affine.apply(g, x, offset))
+
+
+class _Affine(torch.autograd.Function):
+    """g·x + offset, one pass over x there, and on the way back one over x and two over the gradient.
+
+    g, offset: of size 1 on the axes of x along which they are alike, and maybe on axis 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, offset: Tensor) -> Tensor:
+        return torch.addcmul(offset, g, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        g, x, offset = inputs
+        ctx.save_for_backward(g, x)
+        ctx.save_for_forward(g, x)
+        ctx.shape = offset.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        g, x = ctx.saved_tensors
+        some, alike = few(x), g.shape[1:]
+        parts = [
+            ((a * b).sum_to_size(len(a), *alike), a.sum_to_size(len(a), *alike))
+            for a, b in zip(grad.split(some), x.split(some), strict=True)
+        ]
+        to_g, to_offset = (torch.cat(part) for part in zip(*parts, strict=True))
+        to_x = grad * g if ctx.needs_input_grad[1] else None
+        return to_g.sum_to_size(g.shape), to_x, to_offset.sum_to_size(ctx.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor, dx: Tensor, d_offset: Tensor) -> Tensor:
+        g, x = ctx.saved_tensors
+        return dg * x + g * dx + d_offset
 
 
 def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = None) -> Tensor:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .batching import few
+
 Output = Literal["softmax", "sigmoid", "any"]
-TOGETHER = 2**20  # numbers of a site that are gone through at a time
 
 
 def cross_entropy(outputs: Tensor, classes: Tensor, output: Output = "softmax") -> Tensor:
@@ -111,7 +112,7 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        some = max(1, TOGETHER // max(1, a[:1].numel()))
+        some = few(a)
         return torch.cat([_sum_of_squares(x - y) for x, y in zip(a.split(some), b.split(some), strict=True)])
 
     @staticmethod
@@ -143,5 +144,5 @@ def per_task(values: Tensor, rows: Tensor, tasks: int) -> Tensor:
 
 
 def per_side(values: Tensor, rows: Tensor, positive: Tensor, tasks: int) -> Tensor:
-    """Means of a task's negatives and of its positives: (samples,) values, task rows and booleans -> (tasks, 2)."""
-    return per_task(values, 2 * rows + positive, 2 * tasks).reshape(tasks, 2)
+    """Means of a task's negatives and of its positives: (samples, …) values, task rows, booleans -> (tasks, 2, …)."""
+    return per_task(values, 2 * rows + positive, 2 * tasks).unflatten(0, (tasks, 2))

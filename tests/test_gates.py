@@ -32,8 +32,14 @@ def test_gate_scales_units_and_mixes_in_closed_values() -> None:
     assert torch.equal(gate(x, g, 1, closed=closed), expected)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (4, 4), (2, 1), (1, 2)])
-def test_gradients_lead_through_gates_and_closed_values(rows: tuple[int, int]) -> None:
+def test_gradients_lead_through_gates_and_closed_values(
+    rows: tuple[int, int], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr("nadhooks.gating.LARGE", 0)
+        monkeypatch.setattr("nadhooks.batching.CACHED", 3 * 18)  # three samples and then one
     random = torch.Generator().manual_seed(0)
     x, g, closed = (
         torch.randn(*shape, generator=random, dtype=torch.float64).requires_grad_()
@@ -43,10 +49,14 @@ def test_gradients_lead_through_gates_and_closed_values(rows: tuple[int, int]) -
     def gated(x: Tensor, g: Tensor, closed: Tensor) -> Tensor:
         return gate(x, g, 2, 3, closed)
 
-    assert torch.autograd.gradcheck(gated, (x, g, closed))
+    assert torch.autograd.gradcheck(gated, (x, g, closed), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(gated, (x.detach(), g, closed.detach()), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(gated, (x, g, closed))
     several = torch.vmap(gated, (0, None, None))(torch.stack([x, 2 * x]), g, closed)
     torch.testing.assert_close(several, torch.stack([gated(x, g, closed), gated(2 * x, g, closed)]))
+    gradient = torch.func.grad(lambda g, x: gated(x, g, closed).square().sum())
+    each = torch.vmap(gradient, (None, 0))(g, torch.stack([x, 2 * x]))
+    torch.testing.assert_close(each, torch.stack([gradient(g, x), gradient(g, 2 * x)]))
 
 
 def test_gate_takes_blocks_and_windows() -> None:
