@@ -18,7 +18,7 @@ from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
 KEY = "nadhooks-run"
-VERSION = 4
+VERSION = 5
 
 Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 

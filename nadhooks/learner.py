@@ -20,6 +20,7 @@ from .gating import Closed, UnitMeans
 from .identity import without_wrappers
 from .masks import Masks, check_same_sites
 from .methods import Method, Samples, Step, Table, method_of
+from .methods.parts import Parted, whole
 from .progress import Clock, Progress, Report
 from .sampling import SAMPLES_PER_PASS, Batch, Data, Pool, balanced_batches, each_batches, generator, has, own_batches
 from .tasks import Label, Tasks
@@ -180,8 +181,11 @@ class Learner:
 
     def constants(self, offsets: Table) -> Table:
         """What closed units put out."""
-        means = self.gates.constants
-        return {site: torch.addcmul(means[site].to(x), self.deviations[site], x) for site, x in offsets.items()}
+        if not offsets:
+            return {}
+        mean, deviation = (torch.cat([x[site] for site in offsets]) for x in (self.gates.constants, self.deviations))
+        offset = whole(offsets)
+        return Parted(torch.addcmul(mean.to(offset), deviation.to(offset), offset), offsets)
 
     def learn(self, selection: Selection | None) -> Learnt:
         """What the method learns for all tasks, with so much to keep."""
@@ -260,6 +264,7 @@ class Learner:
         begun, tables = self.checkpoint.begin({"scores": initial, "offsets": offsets})
         learnt = Learnt(*(tables.setdefault(part, {}) for part in Learnt._fields))
         states = [tables.setdefault(f"{part}, state", {}) for part in Learnt._fields]
+        updates = method.update, method.closing
         if begun < 0:
             return learnt
         scores = next(iter(initial.values()))
@@ -273,7 +278,7 @@ class Learner:
                 self.teacher.remember(batch.inputs, batch.keys)
                 continue
             step = self.step(index, selection, labels)
-            leaves = [{site: x.detach().requires_grad_() for site, x in part.items()} for part in learnt]
+            leaves = [Parted(whole(part).requires_grad_(), part) if part else part for part in learnt]
             table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
             moving = on_device(batch.samples, self.teacher.forward.device)
             moving = replace(moving, step=index, keep=keep, closed=self.closed)
@@ -286,14 +291,12 @@ class Learner:
                     terms = {name: term[shown] for name, term in terms.items()}
                 losses = torch.stack(list(terms.values())).sum(0)
                 # inside `with`: activation checkpointing runs the forward pass again in here
-                moved = [x for part in leaves for x in part.values()]
-                gradients = gradients_of(losses, moved)
+                gradients = gradients_of(losses, [whole(part) for part in leaves if part])
             self.check(losses, gradients, index)
             with torch.no_grad():
-                updates, halves = (method.update, method.closing), (gradients[: len(table)], gradients[len(table) :])
-                for update, part, state, half in zip(updates, learnt, states, halves, strict=True):
-                    if part and update:
-                        update(part, dict(zip(part, half, strict=True)), step, state)
+                for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):
+                    if update:
+                        update(part, Parted(gradient, part), step, state)
             self.checkpoint.note(index + 1, tables)
             if self.reports:
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
@@ -380,11 +383,8 @@ class Learner:
 
 
 def by_sample(table: Table, rows: Tensor) -> Table:
-    """(tasks, units) -> (samples, units), all sites in one go: many small operations cost more than a large one."""
-    if not table:
-        return {}
-    wide = torch.cat(list(table.values()), 1).index_select(0, rows)
-    return dict(zip(table, wide.split([x.shape[1] for x in table.values()], 1), strict=True))
+    """(tasks, units) -> (samples, units)."""
+    return Parted(whole(table).index_select(0, rows), table) if table else {}
 
 
 def gradients_of(losses: Tensor, moved: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -414,7 +414,6 @@ def terms_of(losses: object, tasks: int, learns: bool = True) -> Mapping[str, Te
 
 def ranks(scores: Table) -> Table:
     """Scores -> their ranks over all units, from -WARM to WARM."""
-    everything = torch.cat(list(scores.values()), 1)
+    everything = whole(scores)
     ranks = everything.argsort(dim=1, stable=True).argsort(dim=1).to(everything.dtype)
-    spread = 2 * WARM * ranks / max(1, everything.shape[1] - 1) - WARM
-    return dict(zip(scores, spread.split([score.shape[1] for score in scores.values()], 1), strict=True))
+    return Parted(2 * WARM * ranks / max(1, everything.shape[1] - 1) - WARM, scores)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .parts import Estimator, Step, Table, Update
+from .parts import Estimator, Parted, Step, Table, Update, whole
 
 ANNEALED = 0.7  # of the steps; what is left fits the gates that are kept in the end
 
@@ -23,8 +23,12 @@ def sigmoid(scores: Table, step: Step) -> Table:
 
 def straight_through_topk(scores: Table, step: Step) -> Table:
     """Hard gates of the highest scores within the budget; gradients pass to the scores unchanged."""
-    hard = step.best(scores)
-    return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
+    return _straight_through(step.best(scores), scores)
+
+
+def _straight_through(hard: Table, scores: Table) -> Table:
+    score = whole(scores)
+    return Parted(whole(hard) + (score - score.detach()), scores)
 
 
 def perturbed_topk(noise: float = 1.0) -> Estimator:
@@ -38,10 +42,10 @@ def perturbed_topk(noise: float = 1.0) -> Estimator:
         size = noise * max(0.0, 1 - step.index / (ANNEALED * step.total))
         if size == 0:
             return straight_through_topk(scores, step)
-        spread = size * torch.cat([score.detach() for score in scores.values()], 1).std(1, keepdim=True)  # (tasks, 1)
-        random = {site: math.sqrt(12) * (uniform - 0.5) for site, uniform in step.noise().items()}
-        hard = step.best({site: score.detach() + spread * random[site] for site, score in scores.items()})
-        return {site: hard[site] + (score - score.detach()) for site, score in scores.items()}
+        score = whole(scores).detach()  # (tasks, units)
+        random = math.sqrt(12) * (whole(step.noise()) - 0.5)
+        best = step.best(Parted(score + size * score.std(1, keepdim=True) * random, scores))
+        return _straight_through(best, scores)
 
     return estimator
 
@@ -100,22 +104,20 @@ def momentum_step(
     hold: for what part of the steps their length stays `rate`; the cosine is over those that are left.
     """
 
-    def scaled(m: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(m, dim=1, keepdim=True)
+    def scaled(m: Tensor, units: list[int]) -> Tensor:
+        norm = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in m.split(units, 1)], 1)  # (tasks, parts)
         norm = torch.where(norm > 1e-12, norm, torch.inf)  # rounding, of a student that is the full network still
-        return math.sqrt(m.shape[1]) / norm * m
+        length = norm.reciprocal() * norm.new_tensor(units).sqrt()
+        part_of = torch.arange(len(units)).repeat_interleave(torch.tensor(units))  # (units,)
+        return length.index_select(1, part_of.to(m.device)) * m
 
     def update(scores: Table, gradients: Table, step: Step, state: Table) -> None:
         falling = max(0.0, step.index / step.total - hold) / (1 - hold)
         now = rate * (1 + math.cos(math.pi * falling)) / 2
-        for site, gradient in gradients.items():
-            state[site] = gradient.add(state[site], alpha=momentum) if site in state else gradient
-        if over == "site":
-            directions = {site: scaled(state[site]) for site in gradients}
-        else:
-            sizes = [gradient.shape[1] for gradient in gradients.values()]
-            every = scaled(torch.cat([state[site] for site in gradients], 1))
-            directions = dict(zip(gradients, every.split(sizes, 1), strict=True))
+        m, before = whole(gradients), state.get("momentum")
+        m = state["momentum"] = m if before is None else m.add(before, alpha=momentum)
+        units = [gradient.shape[1] for gradient in gradients.values()]
+        directions = Parted(scaled(m, units if over == "site" else [sum(units)]), gradients)
         for site, direction in directions.items():
             scores[site].sub_(direction, alpha=now)
 
@@ -141,12 +143,11 @@ def averaged(update: Update, begin: float = ANNEALED, end: float = 1.0) -> Updat
         update(scores, gradients, step, state)
         if step.index < first:
             return
-        for site, score in scores.items():
-            key = f"{site}, average"
-            share = score / (last - first + 1)
-            state[key] = state[key] + share if key in state else share
-            if step.index == last:
-                score.copy_(state[key])
+        share = whole(scores) / (last - first + 1)
+        state["average"] = state["average"] + share if "average" in state else share
+        if step.index == last:
+            for site, mean in Parted(state["average"], scores).items():
+                scores[site].copy_(mean)
 
     return averaging
 

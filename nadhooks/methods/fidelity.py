@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -143,28 +143,33 @@ class _Fidelity:
 
     def __call__(self, student: Pass, teacher: Pass, samples: Samples, gates: Table) -> dict[str, Tensor]:
         tasks = len(next(iter(gates.values())))
-        by_side = partial(objectives.per_side, rows=samples.rows, positive=samples.positive, tasks=tasks)
         outputs = student.outputs
         if self.contrast:
             outputs = _to_scale(outputs, teacher.outputs, samples, tasks, self.output)
         divergence = objectives.binary_kl(outputs, teacher.outputs, samples.classes, self.output)
         surprise = objectives.cross_entropy(outputs, samples.classes, self.output) if self.contrast else divergence
-        terms = {"positives": by_side(surprise)[:, 1]}
+        change = self._change(student, teacher, samples.step, list(gates)) if self.activation else divergence
+        values = torch.stack([surprise, divergence, change], 1)  # (samples, 3)
+        others, own = objectives.per_side(values, samples.rows, samples.positive, tasks).unbind(1)  # (tasks, 3) each
+        terms = {"positives": own[:, 0]}
         if self.contrast:
             few = _few(samples)
             weight = self.contrast * (1 + few / 5)  # or order would be had by saying yes to nearly all
-            terms["negatives"] = weight * by_side(divergence)[:, 0]
+            terms["negatives"] = weight * others[:, 1]
             if self.order and bool((few > 0).any()):
                 misordered = _misordered(student.outputs, teacher.outputs, samples, tasks, self.output)
                 terms["order"] = self.order * few * misordered
         if self.activation:
-            apart = min(self.turns, len(gates))
-            sites = list(gates)[samples.step % apart :: apart]
-            change = [objectives.relative_mse(student.sites[site], teacher.sites[site]) for site in sites]
-            mean = apart / len(gates) * torch.stack(change).sum(0)  # (samples,)
             emphasis = _emphasis(samples) if self.contrast else 1
-            terms["activation"] = self.activation * emphasis * by_side(mean).sum(1)
+            terms["activation"] = self.activation * emphasis * (others[:, 2] + own[:, 2])
         return terms
+
+    def _change(self, student: Pass, teacher: Pass, step: int, sites: Sequence[str]) -> Tensor:
+        """How far activations are from the full network's, (samples,), at those sites whose turn it is."""
+        apart = min(self.turns, len(sites))
+        turn = sites[step % apart :: apart]
+        change = [objectives.relative_mse(student.sites[site], teacher.sites[site]) for site in turn]
+        return apart / len(sites) * torch.stack(change).sum(0)
 
 
 def _few(samples: Samples) -> Tensor:
@@ -209,10 +214,9 @@ def _to_scale(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, ou
     leads through the factor, so that to be larger counts still. (Logits standardised for distillation, each sample's
     for itself and with the gradient: Sun et al., CVPR 2024.)
     """
-    before, after = (
-        objectives.per_task(objectives.spread(x, samples.classes, output), samples.rows, tasks)
-        for x in (teacher, outputs.detach())
-    )
+    both, classes = torch.cat([teacher, outputs.detach()]), torch.cat([samples.classes] * 2)
+    spread = objectives.spread(both, classes, output).unflatten(0, (2, -1)).T  # (samples, 2)
+    before, after = objectives.per_task(spread, samples.rows, tasks).unbind(1)
     return outputs * _factor(before, after, 100.0)[samples.rows][:, None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,6 +16,24 @@ from ..gating import Closed
 from ..objectives import Output
 
 Table = dict[str, Tensor]  # {site: (tasks, units)}
+
+
+class Parted(Table):
+    """A table whose sites are parts of one tensor, (rows, units of all): many small operations cost more than a large.
+
+    like: another table of these sites.
+    """
+
+    def __init__(self, whole: Tensor, like: Table):
+        self.whole, self.parts = whole, whole.split([x.shape[1] for x in like.values()], 1)
+        super().__init__(zip(like, self.parts, strict=True))
+
+
+def whole(table: Table) -> Tensor:
+    """All sites' units side by side, (rows, units)."""
+    if isinstance(table, Parted) and all(map(operator.is_, table.values(), table.parts)):  # as it was made still
+        return table.whole
+    return torch.cat(list(table.values()), 1)
 
 
 @dataclass(frozen=True)
