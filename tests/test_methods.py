@@ -17,6 +17,7 @@ from nadhooks.budgets import Budget
 from nadhooks.errors import LearningError, NadhooksError, SiteError, TaskError
 from nadhooks.gating import Closed
 from nadhooks.masks import Masks
+from nadhooks.methods.parts import Parted, whole
 
 from .nets import Mlp, fair_line, images, labelled, seeded, sorted_by_label, vectors
 
@@ -347,6 +348,22 @@ def test_parts_of_a_method_know_what_closed_units_put_out(closed: Closed) -> Non
     assert (steps > 82) == (closed != "optimal")
     other = methods.class_only()  # whose closed units put out the mean as a rule
     assert other.paced(0.55, "mean").steps == other.steps
+
+
+def test_a_table_that_was_changed_is_no_longer_the_tensor_that_it_was_split_from() -> None:
+    together = torch.arange(6.0)[None]
+
+    def table() -> methods.Table:
+        return Parted(together, {"a": torch.empty(1, 2), "b": torch.empty(1, 4)})
+
+    assert whole(table()) is together
+    assert {site: x.tolist() for site, x in table().items()} == {"a": [[0, 1]], "b": [[2, 3, 4, 5]]}
+    other, less = table(), table()
+    other["a"] = torch.tensor([[7.0, 8.0]])
+    del less["b"]
+    assert whole(other).tolist() == [[7, 8, 2, 3, 4, 5]]
+    assert whole(less).tolist() == [[0, 1]]
+    assert whole(table() | {"b": torch.ones(1, 1)}).tolist() == [[0, 1, 1]]
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0.7, 1.0), (0.5, 0.8)])
