@@ -345,7 +345,7 @@ class Learner:
         clock: Clock,
         held_out: Mapping[str, float],
     ) -> None:
-        kept = (torch.cat(list(table.values()), 1) > 0.5).double().mean()
+        kept = (whole(table) > 0.5).double().mean()
         report = Progress(
             batch.done,
             batch.total,

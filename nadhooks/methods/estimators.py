@@ -61,7 +61,7 @@ def hard_concrete(temperature: float = 2 / 3, stretch: tuple[float, float] = (-0
         hard = step.best(scores)
         if step.final:
             return hard
-        kept = torch.cat([score.detach().masked_fill(hard[site] == 0, torch.inf) for site, score in scores.items()], 1)
+        kept = whole(scores).detach().masked_fill(whole(hard) == 0, torch.inf)
         threshold = kept.amin(1, keepdim=True)  # (tasks, 1)
         gates = {}
         for site, noise in step.noise().items():
