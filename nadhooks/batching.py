@@ -75,6 +75,10 @@ def few(x: Tensor) -> int:
     return max(1, CACHED // max(1, x[:1].numel())) if x.device.type == "cpu" else max(1, len(x))
 
 
+def finite(inputs: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
 def nbytes(inputs: Any) -> int:
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 

@@ -7,27 +7,32 @@ import time
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .batching import moved
+from .batching import digest, moved
 from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
 KEY = "nadhooks-run"
-VERSION = 5
+VERSION = 6
 
 Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 
 
 class Stand(NamedTuple):
-    """How far a phase is: what is learnt, and its updates' memory, before that step, counted from 0; -1 is finished."""
+    """How far a phase is: what is learnt, and its updates' memory, before that step, counted from 0; -1 is finished.
+
+    samples: that went through gates until then. keys: a hash of what these are known by.
+    """
 
     step: int
     tables: dict[str, dict[str, Tensor]]
+    samples: int = 0
+    keys: str = ""
 
 
 class Checkpoint:
@@ -41,13 +46,24 @@ class Checkpoint:
 
     def __init__(self, path: str | PathLike[str] | None, every: float, run: Mapping[str, Any]):
         self.path = None if path is None else Path(path)
+        self.file = None if path is None else Path(path).absolute()  # wherever the process goes meanwhile
         self.every, self.run = every, json.loads(json.dumps(run))
+        self.data = self.found_data = ""  # what the run learns from, here and in the file
         self.phases: list[Stand] = []
         self.phase = -1
         self.written = time.monotonic()
         if self.path is not None:
             self._check(self.path)
             self.phases = self._read(self.path) if self.path.exists() else []
+
+    def of(self, data: Any) -> None:
+        """What the run learns from, which must be the same as well, once it is read."""
+        self.data = "" if self.path is None else digest(data).hex()
+
+    def refuse(self, why: str) -> NoReturn:
+        raise LearningError(
+            f"{self.path} is the checkpoint of another run{why}; delete it to begin anew, or name another file"
+        )
 
     def begin(self, tables: Tables) -> Stand:
         """The next phase: from its first step on, or where it stood."""
@@ -59,25 +75,24 @@ class Checkpoint:
                 for found in (stand.tables, tables)
             ]
             if shapes[0] != shapes[1]:
-                raise LearningError(
-                    f"{self.path} is the checkpoint of another run, of other tasks; delete it to begin anew, or name "
-                    "another file"
-                )
+                self.refuse(", of other tasks")
+            if self.data != self.found_data:
+                self.refuse(": its data is other than here")
             device = next(x.device for table in tables.values() for x in table.values())
-            return Stand(stand.step, moved(stand.tables, device))
+            return stand._replace(tables=moved(stand.tables, device))
         self.phases.append(Stand(0, _copied(tables)))
         return Stand(0, _copied(tables))
 
-    def note(self, index: int, tables: Tables) -> None:
+    def note(self, index: int, tables: Tables, samples: int = 0, keys: str = "") -> None:
         """After so many steps of the phase; -1 when it is finished. Writes if it is time to."""
         if self.path is None:
             return
-        self.phases[self.phase] = Stand(index, _copied(tables))
+        self.phases[self.phase] = Stand(index, _copied(tables), samples, keys)
         if time.monotonic() - self.written >= self.every:
             self.write()
 
     def write(self) -> None:
-        if self.path is None or not self.phases:
+        if self.file is None or not self.phases:
             return
         tensors = {
             f"{number}/{part}/{name}": x.detach().cpu().contiguous()
@@ -85,40 +100,46 @@ class Checkpoint:
             for part, table in stand.tables.items()
             for name, x in table.items()
         }
-        steps = [stand.step for stand in self.phases]
+        steps, samples, keys = ([stand[field] for stand in self.phases] for field in (0, 2, 3))
         # the file has them by name; the order of sites counts for methods that take them by turns
-        about = {"version": VERSION, "run": self.run, "steps": steps, "tensors": list(tensors)}
+        about = {"version": VERSION, "run": self.run, "data": self.data, "tensors": list(tensors)}
+        about |= {"steps": steps, "samples": samples, "keys": keys}
         told = {KEY: json.dumps(about, sort_keys=True)}
         try:
-            write_bytes(self.path, safetensors.torch.save(tensors, told))
+            write_bytes(self.file, safetensors.torch.save(tensors, told))
         except OSError as error:
             raise LearningError(f"cannot write the checkpoint {self.path}: {error.strerror}") from error
         self.written = time.monotonic()
 
     def described(self) -> str:
         """What there is to go on from, after a failure."""
-        there = self.path is not None and self.path.exists()
+        there = self.file is not None and self.file.exists()
         return f"the last good state is in {self.path}" if there else ""
 
     def remove(self) -> None:
         """When the run is over."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
     @staticmethod
     def _check(path: Path) -> None:
         """Better now than after a long time."""
         try:
             check_writable(path)
+            other = path.exists() and not path.is_file()
         except OSError as error:
             raise LearningError(f"cannot write the checkpoint {path}: {error.strerror}") from error
+        if other:
+            raise LearningError(
+                f"{path} is not a checkpoint of nadhooks: it is a folder or a device; name another file"
+            )
 
     def _read(self, path: Path) -> list[Stand]:
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 told = json.loads((file.metadata() or {})[KEY])
-                steps: list[int] = told["steps"]
-                phases = [Stand(index, {}) for index in steps]
+                about = zip(told["steps"], told.get("samples", []), told.get("keys", []), strict=False)
+                phases = [Stand(step, {}, samples, keys) for step, samples, keys in about]
                 for key in told.get("tensors", []):
                     number, part, name = key.split("/", 2)
                     phases[int(number)].tables.setdefault(part, {})[name] = file.get_tensor(key)
@@ -128,10 +149,8 @@ class Checkpoint:
         if told.get("version") != VERSION or found != self.run:
             differs = [name for name in {**self.run, **found} if found.get(name) != self.run.get(name)]
             name = (differs or ["version"])[0]
-            raise LearningError(
-                f"{path} is the checkpoint of another run: its {name} is {_short(found.get(name))}, here "
-                f"{_short(self.run.get(name))}; delete it to begin anew, or name another file"
-            )
+            self.refuse(f": its {name} is {_short(found.get(name))}, here {_short(self.run.get(name))}")
+        self.found_data = told["data"]
         return phases
 
 

@@ -15,7 +15,7 @@ from . import zoo
 from ._version import __version__
 from .acting import Passing, SiteGate, forget_compiled, known_open
 from .batching import moved
-from .errors import NadhooksError, SiteError, TaskError
+from .errors import LearningError, NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hookable import check_model
 from .hooking import Handle, on_site
@@ -264,6 +264,7 @@ class Gates:
         """Masks of these gates' sites with other tasks and values {site: (tasks, units)}.
 
         optimal: {site: (tasks, units)} what closed units put out, where it is not what these gates' do.
+            Raises LearningError where that is not finite.
         """
         origin = {
             "model": self._model_name,
@@ -273,6 +274,11 @@ class Gates:
         }
         closed: Closed = "optimal" if optimal else self.closed
         constants = {name: each.cpu() for name, each in (optimal or self.constants).items()}
+        for name, each in constants.items():
+            if not bool(each.isfinite().all()):
+                raise LearningError(
+                    f"what closed units of site {name!r} put out is not finite; look for NaN in data and weights"
+                )
         return Masks(self.sites, values, tasks, self.wiring, closed, constants, origin | dict(provenance))
 
     def load(self, masks: Masks, *, strict: bool = True) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import objectives
+from .batching import finite
 from .budgets import Selection
 from .checkpoints import Checkpoint
 from .errors import LearningError
@@ -74,6 +76,8 @@ class Learner:
     held: Pool | None = None  # others, that fidelity is measured on
     first: Table | None = None  # scores of a warm start
     deviations: Table = field(default_factory=dict)  # {site: (units,)} of what leaves the open network's sites
+    clock: Clock = field(default_factory=Clock)
+    samples: int = 0  # that went through gates
     told_at: int = 0  # how many tenths of the run were over when held-out samples were last measured
 
     def __post_init__(self) -> None:
@@ -106,6 +110,7 @@ class Learner:
             self.held = Pool.of(self.held_out, None, replace(self.method, **HELD_OUT_DRAWS))
         self.tasks = self.pool.tasks(given, self.method)
         self.check_held_out()
+        self.checkpoint.of([vars(self.pool), self.held and vars(self.held)])
         for places in torch.arange(len(self.pool)).split(SAMPLES_PER_PASS):
             batch = self.pool.part(places)
             self.teacher.ask(batch.inputs, places.tolist(), means.add if means else None)
@@ -123,7 +128,9 @@ class Learner:
         if self.held_out is None or self.method.output == "any":
             return
         own, samples = Counter[Label](), 0
-        for _, labels, _ in self.held_out.batches():
+        for inputs, labels, _ in self.held_out.batches():
+            if not finite(inputs):
+                raise LearningError("held_out: expected images that are finite numbers, got NaN or infinity in them")
             samples += len(labels)
             own.update({label: int(has(labels, label).sum()) for label in self.tasks.labels})
         for label, name in zip(self.tasks.labels, self.tasks.names, strict=True):
@@ -194,7 +201,7 @@ class Learner:
             share = float(shares[0]) if bool((shares == shares[0]).all()) else SEVERAL
             self.method = self.asked.paced(share, self.closed)
         method, data, labels = self.method, self.data, self.tasks.labels
-        self.told_at = 0
+        self.told_at, self.samples, self.clock = 0, 0, Clock()
         if method.sampling == "own":
             torch.manual_seed(self.seed)  # for a loader that shuffles: in one order, whatever was read before
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)
@@ -240,8 +247,9 @@ class Learner:
         def noise() -> Table:
             random = [generator(self.seed, label, "noise", index) for label in labels]
             units = [site.units for site in self.gates.sites]
-            drawn = torch.stack([torch.rand(sum(units), generator=task) for task in random]).split(units, 1)
-            return {name: part.to(x) for (name, x), part in zip(self.gates.logits.items(), drawn, strict=True)}
+            drawn = [torch.rand(sum(units), generator=task, dtype=torch.float32) for task in random]
+            parts = torch.stack(drawn).split(units, 1)
+            return {name: part.to(x) for (name, x), part in zip(self.gates.logits.items(), parts, strict=True)}
 
         return Step(index, self.method.steps, left, best, noise, closed=self.closed)
 
@@ -256,25 +264,30 @@ class Learner:
         self, batches: Iterable[Batch], labels: Sequence[object], selection: Selection | None, first: Table | None
     ) -> Learnt:
         """The loop: the open network, the gated one, each task's loss, its gradient, the update of what is learnt."""
-        method, clock = self.method, Clock()
+        method = self.method
         initial = self.initial(labels)
         if first is not None:  # the small differences between first scores break ties
             initial = {site: score + first[site] for site, score in initial.items()}
         offsets = {site: torch.zeros_like(score) for site, score in initial.items() if self.closed == "optimal"}
-        begun, tables = self.checkpoint.begin({"scores": initial, "offsets": offsets})
+        begun, tables, samples, keys = self.checkpoint.begin({"scores": initial, "offsets": offsets})
         learnt = Learnt(*(tables.setdefault(part, {}) for part in Learnt._fields))
         states = [tables.setdefault(f"{part}, state", {}) for part in Learnt._fields]
         updates = method.update, method.closing
         if begun < 0:
+            self.samples += samples
             return learnt
         scores = next(iter(initial.values()))
         keep = None if selection is None else selection.shares().expand(len(labels)).to(scores)
-        samples = 0
+        samples, before, through = 0, self.samples, hashlib.blake2b(digest_size=16)
         for index, batch in enumerate(batches):
             samples += len(batch.keys)
+            self.samples = before + samples
+            through.update(repr(batch.keys).encode())
             if method.sampling == "own" and batch.done * method.epochs > 2 * batch.total > 0:  # two epochs are over
                 self.teacher.forget_unused()
             if index < begun:  # done before the run was stopped; what the open network remembered belongs to it
+                if index + 1 == begun and through.hexdigest() != keys:
+                    self.checkpoint.refuse(": its loader showed other samples")
                 self.teacher.remember(batch.inputs, batch.keys)
                 continue
             step = self.step(index, selection, labels)
@@ -283,9 +296,9 @@ class Learner:
             moving = on_device(batch.samples, self.teacher.forward.device)
             moving = replace(moving, step=index, keep=keep, closed=self.closed)
             rows, shallow = moving.rows, method.shallow_at(index)
-            handed = (self.lead_back(by_sample(x, rows), shallow) for x in (table, self.constants(leaves[1])))
+            handed = [self.lead_back(by_sample(x, rows), shallow) for x in (table, self.constants(leaves[1]))]
             with self.gates.apply(*handed), self.teacher.forward.fused:
-                terms = self.terms(batch, moving, table, learns=not shallow)
+                terms = self.terms(batch, moving, table, handed[0], learns=not shallow)
                 shown = rows.unique()  # a penalty must not move tasks that the batch does not show
                 if len(shown) < len(labels):
                     terms = {name: term[shown] for name, term in terms.items()}
@@ -297,12 +310,12 @@ class Learner:
                 for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):
                     if update:
                         update(part, Parted(gradient, part), step, state)
-            self.checkpoint.note(index + 1, tables)
+            self.checkpoint.note(index + 1, tables, samples, through.hexdigest())
             if self.reports:
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
                     held_out = self.told(batch, labels, learnt, selection)
-                    self.report(batch, losses, terms, table, samples, clock, held_out)
-        self.checkpoint.note(-1, learnt._asdict())
+                    self.report(batch, losses, terms, table, held_out)
+        self.checkpoint.note(-1, learnt._asdict(), samples)
         return learnt
 
     def lead_back(self, table: Table, shallow: bool) -> Table:
@@ -313,12 +326,21 @@ class Learner:
         first = {site: table[site] for site in list(table)[: len(table) // 4]}
         return table | {site: x.detach() if shallow else x.detach().lerp(x, deep) for site, x in first.items()}
 
-    def terms(self, batch: Batch, samples: Samples, table: Table, learns: bool) -> Mapping[str, Tensor]:
-        """What the objective gives. Of what the sites put out, only that outlives this which the way back needs."""
+    def terms(self, batch: Batch, samples: Samples, table: Table, handed: Table, learns: bool) -> Mapping[str, Tensor]:
+        """What the objective gives. Of what the sites put out, only that outlives this which the way back needs.
+
+        handed: each sample's gates.
+        """
         answers = self.teacher.of(batch.inputs, batch.keys)
         student = self.teacher.forward(
             batch.inputs, len(batch.keys), known=answers.sites if self.teacher.compares else None
         )
+        for site, gates in handed.items():
+            if gates.requires_grad and site in student.sites and not student.sites[site].requires_grad:
+                raise LearningError(
+                    f"site {site!r} runs without gradients, so that nothing can be learnt there; leave it out, or have "
+                    "the model run it outside torch.no_grad() and checkpoint(..., use_reentrant=True)"
+                )
         losses = self.method.objective(student, answers, samples, table)
         self.teacher.sites.forget_passing()
         return terms_of(losses, len(next(iter(table.values()))), learns)
@@ -341,8 +363,6 @@ class Learner:
         losses: Tensor,
         terms: Mapping[str, Tensor],
         table: Table,
-        samples: int,
-        clock: Clock,
         held_out: Mapping[str, float],
     ) -> None:
         kept = (whole(table) > 0.5).double().mean()
@@ -350,8 +370,8 @@ class Learner:
             batch.done,
             batch.total,
             float(losses.detach().mean()),
-            samples,
-            clock.left(batch.done, batch.total),
+            self.samples,
+            self.clock.left(batch.done, batch.total),
             {name: float(term.detach().mean()) for name, term in terms.items()},
             float(kept),
             held_out,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from os import PathLike
@@ -74,13 +76,15 @@ def learn(
         default "zero" for "nad", "optimal" for "contrastive" and "mean" for the others.
     start: a method, or masks, that the first scores are taken from.
     outputs: {label: indices of the model's outputs} that say yes to a task, where labels are not outputs themselves.
-    held_out: another loader, of samples that nothing is learnt from. Its figures go into `masks.quality`, and into the
-        reports ten times in a run; fidelity is measured on it (otherwise on every fifth sample of the loader).
+    held_out: another loader, of samples that nothing is learnt from. Where outputs are classes, its figures go into
+        `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is measured on it
+        (otherwise on every fifth sample of the loader).
     seed: decides initial scores and draws, for each task alone: the order of tasks changes nothing.
     autocast: a dtype to compute in, torch.bfloat16 where the hardware is fast in it. Scores stay as they are.
     cache: bytes for the open network's answers, which are the same whenever an image comes again.
     checkpoint: a file that says every `every` seconds how far the run is. The same call goes on where it stopped, with
-        the same masks in the end (on the CPU, to the last bit); the file goes when the run is over.
+        the same masks in the end (on the CPU, to the last bit); the file goes when the run is over. A loader that shows
+        other samples is refused: random changes to images have to come from torch's random state.
     progress: called after each step with a `Progress`; several may be given. See `nadhooks.progress` for logs.
 
     The model's weights, gradients, training flags and hooks and the random state are left as found. Raises
@@ -89,9 +93,12 @@ def learn(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    reports = every_report(progress)
+    seed, cache, every = _numbers(seed, cache, every)
+    _check_autocast(autocast)
     method = method_of(method)
     budget = _budget(keep, fidelity, method)
-    if fidelity is not None and method.ranks and method.output == "any":
+    if (fidelity is not None or held_out is not None) and method.ranks and method.output == "any":
         method = replace(method, output="softmax")  # its objective measures no distance from the full network
     closed = method.closed if closed is None else closed
     check_closed(closed, get_args(Closed) if method.closing else ("zero", "mean"))
@@ -112,6 +119,7 @@ def learn(
             if selection is not None and fidelity is None:
                 method = method.paced(float(selection.shares().min()), closed)
             once = method.sampling == "own" and method.epochs == 1  # then no sample comes again to be looked up
+            kept = None if held_out is None else _kept(Data(held_out, number, device, outputs))
             learner = Learner(
                 gates,
                 Data(loader, number, device, outputs),
@@ -120,8 +128,8 @@ def learn(
                 closed,
                 seed,
                 Teacher(forward, 0 if once else cache, method.compares),
-                every_report(progress),
-                None if held_out is None else _kept(Data(held_out, number, device, outputs)),
+                reports,
+                kept,
             )
             run = {
                 "method": method.name,
@@ -142,7 +150,7 @@ def learn(
                 **{f"method's {name}": value for name, value in _described(method).items()},
                 "first masks": digest(dict(start.values)).hex() if isinstance(start, Masks) else None,
                 "cache": cache,
-                "held-out data": held_out is not None,
+                "held-out data": kept and checkpoint and digest(kept.loader).hex(),
             }
             learner.checkpoint = Checkpoint(checkpoint, every, known)
             learner.read(given, fidelity)
@@ -155,6 +163,21 @@ def learn(
             masks = masks.replaced(quality=learner.measured(masks))
             learner.checkpoint.remove()
             return masks
+
+
+def _numbers(seed: Any, cache: Any, every: Any) -> tuple[int, int, float]:
+    """These options as numbers, before anything is done."""
+    if not (hasattr(seed, "__index__") and -(2**63) <= seed < 2**64):
+        raise NadhooksError(f"seed: expected a whole number of 64 bits, got {seed!r}")
+    for name, value, unit in (("cache", cache, "bytes"), ("every", every, "seconds")):
+        if not (isinstance(value, (int, float)) and value >= 0):
+            raise NadhooksError(f"{name}: expected a number of {unit}, 0 or more, got {value!r}")
+    return operator.index(seed), int(min(cache, sys.maxsize)), float(every)
+
+
+def _check_autocast(autocast: Any) -> None:
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+        raise NadhooksError(f"autocast: expected a floating-point dtype such as torch.bfloat16, got {autocast!r}")
 
 
 def _classes(model: nn.Module, sample: Any) -> int:

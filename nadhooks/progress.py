@@ -16,7 +16,8 @@ class Progress(NamedTuple):
     """One report. Means are over the tasks of the step.
 
     done: of `total`, steps or (for methods that follow the loader) batches read; total is 0 where the loader does not
-        know its length. loss: of which `terms` are the parts. samples: that went through gates so far.
+        know its length. With `fidelity=` each share that is tried is counted from its own beginning.
+    loss: of which `terms` are the parts. samples: that went through gates so far.
     seconds_left: at the pace so far; None at the beginning and where the total is unknown. kept: share of units whose
         gate is above 0.5. held_out: {measure: mean} on held-out samples, ten times in a run, otherwise empty.
     """
@@ -34,8 +35,9 @@ class Progress(NamedTuple):
         """Everything under one name each, for logs."""
         held_out = {f"held-out {name}": value for name, value in self.held_out.items()}
         left = {} if self.seconds_left is None else {"seconds_left": self.seconds_left}
-        counted: dict[str, float] = {"loss": self.loss, "samples": self.samples, "kept": self.kept}
-        return {**counted, **left, **self.terms, **held_out}
+        counted: dict[str, float] = {"loss": self.loss, "samples": self.samples, "kept": self.kept, **left}
+        terms = {f"term {name}" if name in counted else name: value for name, value in self.terms.items()}
+        return {**counted, **terms, **held_out}
 
 
 Report = Callable[[Progress], None]
@@ -58,7 +60,14 @@ class Clock:
 def every_report(progress: Report | Iterable[Report] | None) -> list[Report]:
     if progress is None:
         return []
-    return [progress] if callable(progress) else list(progress)
+    several = isinstance(progress, Iterable) and not isinstance(progress, str)
+    reports: list[Any] = [progress] if callable(progress) or not several else [*progress]
+    for report in reports:
+        if not callable(report):
+            raise LearningError(
+                f"progress: expected functions of a Progress, such as nadhooks.progress.csv_log(path), got {report!r}"
+            )
+    return reports
 
 
 def csv_log(path: str | PathLike[str]) -> Report:
@@ -93,7 +102,10 @@ def tensorboard_log(writer: Any) -> Report:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise LearningError("logging to TensorBoard needs its package: pip install tensorboard") from error
-        writer = SummaryWriter(str(writer))
+        try:
+            writer = SummaryWriter(str(writer))
+        except OSError as error:
+            raise LearningError(f"cannot write the log {writer}: {error.strerror}") from error
 
     def report(progress: Progress) -> None:
         for name, value in progress.numbers().items():

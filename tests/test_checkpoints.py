@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -183,6 +184,56 @@ def test_the_checkpoint_of_another_run_is_refused_and_left_alone(
     assert path.read_bytes() == left
 
 
+def changed(data: list[tuple[Tensor, Tensor]], how: str) -> list[tuple[Tensor, Tensor]]:
+    inputs, labels = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    if how == "a pixel":
+        inputs = inputs.clone()
+        inputs.view(-1)[7] += 1
+    elif how == "the order":
+        inputs, labels = inputs.flip(0), labels.flip(0)
+    elif how == "a label":
+        labels = labels.clone()
+        labels[3] = (labels[3] + 1) % 3
+    return list(zip(inputs.split(16), labels.split(16), strict=True))
+
+
+@pytest.mark.parametrize("how", ["a pixel", "the order", "a label"])
+@pytest.mark.parametrize("method", [METHOD, methods.nad(epochs=4, batch=4)])
+def test_a_checkpoint_of_other_data_is_refused(method: methods.Method, how: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    left = stopped(path, method=method, tasks=[0, 1, 2])
+    other = changed(loader(), how)
+    options: dict[str, Any] = {"method": method, "tasks": [0, 1, 2], "checkpoint": path, "every": 0.0}
+    with pytest.raises(LearningError, match=r"another run: its (data is other|loader showed other samples)"):
+        nadhooks.learn(fair_line(), other, "act1", **options)
+    assert path.read_bytes() == left
+    resumed = nadhooks.learn(fair_line(), loader(), "act1", **options)
+    assert torch.equal(resumed["act1"], learn(None, method=method, tasks=[0, 1, 2])["act1"])
+
+
+def test_a_checkpoint_of_other_held_out_data_is_refused(tmp_path: Path) -> None:
+    stopped(tmp_path / "run", held_out=loader())
+    with pytest.raises(LearningError, match="another run: its held-out data is"):
+        learn(tmp_path / "run", held_out=changed(loader(), "a pixel"))
+
+
+def test_a_checkpoint_stays_where_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def move(progress: Progress) -> None:
+        monkeypatch.chdir(tmp_path / "other")
+        if progress.done == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        learn(Path("run"), progress=move)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["other", "run"]
+    monkeypatch.chdir(tmp_path)
+    learn(Path("run"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["other"]
+
+
 def test_a_checkpoint_of_other_tasks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     left = stopped(path)
@@ -217,6 +268,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(tmp_path: Path) 
         assert path.read_bytes() == content
     with pytest.raises(LearningError, match="is not a checkpoint of nadhooks"):
         learn(tmp_path)  # a folder
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LearningError, match="is not a checkpoint of nadhooks"):
+        learn(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("where", ["missing/run", "file/run", "x" * 300])

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import nadhooks
 from nadhooks import methods, objectives
@@ -363,6 +365,39 @@ def test_bad_data_is_named(method: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_what_closed_units_put_out_has_to_be_a_number() -> None:
+    with pytest.raises(LearningError, match="what closed units of site 'act' put out is not finite"):
+        nadhooks.learn(net(), list(nan_loader()), "act", method="random")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("whole", [True, False])
+def test_sites_that_run_without_gradients_are_refused(whole: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.first = net(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return cast(Tensor, checkpoint(self.inner, x, use_reentrant=True))
+
+    with pytest.raises(LearningError, match=r"site 'inner\.act' runs without gradients"):
+        nadhooks.learn(Checkpointed(), loader(), "inner.act" if whole else ["first", "inner.act"])
+
+
+def test_masks_do_not_depend_on_the_default_dtype() -> None:
+    model, data = net().float(), [(x.float(), y) for x, y in loader()]
+    first, last = {}, {}
+    nadhooks.learn(model, data, "act", progress=lambda report: first.update({report.done: report.terms}))
+    torch.set_default_dtype(torch.float64)
+    try:
+        nadhooks.learn(model, data, "act", progress=lambda report: last.update({report.done: report.terms}))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert first == last
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_learning_works_where_gradients_are_off(mode: Any) -> None:
     model, data = net(), loader()
@@ -423,6 +458,25 @@ def test_bad_options_are_named() -> None:
     for method in ("nad", "taylor"):
         with pytest.raises(NadhooksError, match="closed: expected 'zero' or 'mean', got 'optimal', which is learnt"):
             nadhooks.learn(model, data, "act", method=method, closed="optimal")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"seed": None}, "seed: expected a whole number of 64 bits, got None"),
+        ({"seed": 1.5}, "seed: expected a whole number"),
+        ({"seed": 2**70}, "seed: expected a whole number"),
+        ({"cache": None}, "cache: expected a number of bytes, 0 or more, got None"),
+        ({"cache": -1}, "cache: expected a number of bytes"),
+        ({"every": "5"}, "every: expected a number of seconds, 0 or more, got '5'"),
+        ({"every": float("nan")}, "every: expected a number of seconds"),
+        ({"autocast": "bfloat16"}, "autocast: expected a floating-point dtype such as torch.bfloat16, got 'bfloat16'"),
+        ({"autocast": torch.int8}, "autocast: expected a floating-point dtype"),
+        ({"progress": "a.csv"}, "progress: expected functions of a Progress, .* got 'a.csv'"),
+        ({"progress": [print, 5]}, "progress: expected functions of a Progress, .* got 5"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(NadhooksError, match=message):
+            nadhooks.learn(model, data, "act", **options)
+    quick = methods.contrastive(steps=5)
+    found = nadhooks.learn(model, data, "act", method=quick, seed=np.int64(3), cache=1e6)  # type: ignore[arg-type]
+    assert torch.equal(found["act"], nadhooks.learn(model, data, "act", method=quick, seed=3)["act"])
     with pytest.raises(ModelError, match=r"expected a classifier that puts out \(batch, classes\)"):
         nadhooks.learn(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double(), data, "0")
 

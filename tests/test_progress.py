@@ -46,6 +46,48 @@ def test_every_step_is_reported() -> None:
     assert kept[-1] == pytest.approx(float(masks.kept().mean())) == pytest.approx(4 / 9)
 
 
+def test_samples_are_counted_over_all_chunks_of_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nadhooks.learner.SAMPLES_PER_PASS", 16)  # two of the three tasks at a time
+    method = methods.contrastive(steps=5, positives=3, negatives=5)
+    _, reports = reported(method=method)
+    counted = [*range(16, 81, 16), *range(88, 121, 8)]
+    assert [report.samples for report in reports] == counted
+    assert [report.seconds_left is None for report in reports] == [True] + 9 * [False]
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 7:
+            raise KeyboardInterrupt
+
+    files: dict[str, Any] = {"method": method, "checkpoint": tmp_path / "run", "every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        nadhooks.learn(fair_line(), loader(), ["act1", "act2"], progress=stop, **files)
+    _, rest = reported(**files)
+    assert [report.samples for report in rest] == counted[7:]
+
+
+def test_a_term_does_not_hide_what_is_always_logged() -> None:
+    progress = Progress(1, 2, 3.0, 4, 5.0, {"loss": 10.0, "seconds_left": 11.0, "mine": 12.0}, 0.5)
+    assert progress.numbers() == {
+        "loss": 3.0, "samples": 4, "kept": 0.5, "seconds_left": 5.0,
+        "term loss": 10.0, "term seconds_left": 11.0, "mine": 12.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["random", "activation"])
+def test_baselines_that_look_at_no_output_are_measured_if_that_is_asked_for(method: str) -> None:
+    masks, _ = reported(method=method, held_out=loader(2))
+    assert set(masks.quality) == set(MEASURES)
+    assert torch.equal(masks["act1"], reported(method=method)[0]["act1"])
+
+
+def test_held_out_samples_that_are_no_numbers_are_refused_at_once() -> None:
+    (x, y), *others = loader(2)
+    x = x.clone()
+    x.view(-1)[0] = torch.nan
+    with pytest.raises(LearningError, match="held_out: expected images that are finite numbers"):
+        reported(held_out=[(x, y), *others])
+
+
 @pytest.mark.parametrize(
     ("method", "terms"),
     [

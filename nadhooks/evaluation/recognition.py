@@ -56,7 +56,8 @@ def recognition(
     outputs: {label: indices of the outputs} that say yes to a task, where labels are not outputs themselves. output:
         "softmax", or "sigmoid" where a sample may be of several classes. progress: called with (tasks done, tasks).
 
-    Raises DataError where a task has no images or no others; ImportError for scikit-learn, which computes the curves.
+    Raises DataError where a task has no images or no others, or outputs are NaN; ImportError for scikit-learn, which
+    computes the curves.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -70,7 +71,13 @@ def recognition(
     figures = []
 
     def answered() -> Tensor:
-        return torch.cat([logits_of(call_model(model, moved(inputs, device))).cpu() for inputs, _ in batches])
+        found = torch.cat([logits_of(call_model(model, moved(inputs, device))).cpu() for inputs, _ in batches])
+        if bool(found.isnan().any()):
+            raise DataError(
+                f"the model's outputs for sample {int(found.isnan().any(1).nonzero()[0])} of the loader are NaN; look "
+                "for NaN in the inputs and the weights"
+            )
+        return found
 
     before = gates.masks()
     with frozen(model), torch.no_grad():
