@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -27,6 +28,19 @@ def forms(inputs: Any) -> tuple[frozenset[Any], ...]:
         else frozenset(tuple(x.shape for x in pytree.tree_leaves(sample) if isinstance(x, Tensor)) for sample in part)
         for part in _parts(inputs)
     )
+
+
+def by_samples(inputs: Any, samples: int) -> Any:
+    """The same in forms that samples can be picked from: arrays, and tuples of a plain entry for each sample."""
+    if isinstance(inputs, np.ndarray):
+        return torch.as_tensor(inputs) if inputs.dtype.kind in "biufc" else inputs.tolist()
+    if isinstance(inputs, dict):
+        return {key: by_samples(part, samples) for key, part in inputs.items()}
+    if not isinstance(inputs, tuple):
+        return inputs
+    if len(inputs) == samples and not any(isinstance(part, (Tensor, np.ndarray, list, tuple, dict)) for part in inputs):
+        return list(inputs)
+    return tuple(by_samples(part, samples) for part in inputs)
 
 
 def pick(inputs: Any, places: Tensor) -> Any:
@@ -60,12 +74,12 @@ def moved(inputs: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)
 
 
-def in_memory_format(inputs: Any, memory_format: torch.memory_format) -> Any:
-    """Images of 4 axes in another order of memory."""
+def copied(inputs: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+    """For models that write into what they are given; images of 4 axes in that order of memory."""
 
     def change(x: Tensor) -> Tensor:
         # `contiguous` would leave tensors of one channel as they are, and convolutions in the slower order
-        return torch.empty_like(x, memory_format=memory_format).copy_(x) if x.dim() == 4 else x
+        return torch.empty_like(x, memory_format=memory_format).copy_(x) if x.dim() == 4 else x.clone()
 
     return pytree.tree_map_only(Tensor, change, inputs)
 

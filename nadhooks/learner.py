@@ -162,6 +162,10 @@ class Learner:
                     f"start: {method.name!r} takes outputs for {method.output!r} and {self.method.name!r} for "
                     f"{self.method.output!r}; pass one that has the same output="
                 )
+            try:
+                self.pool.tasks(self.tasks, method)
+            except LearningError as error:
+                raise LearningError(f"start: {error}") from error
             found = replace(self, asked=method, reports=[], first=None, closed=self.gates.closed)
             found.tasks, found.checkpoint = self.tasks, self.checkpoint
             scores = ranks(found.learn(self.selection).scores)
@@ -226,7 +230,7 @@ class Learner:
         assert self.pool is not None
         every, learnt = [], []
         for rows, batches in each_batches(self.pool, self.data, self.tasks, self.method, self.seed):
-            learnt.append(self.run(batches, list(range(len(rows))), selection, None).scores)
+            learnt.append(self.run(batches, list(range(len(rows))), selection and selection.rows(rows), None).scores)
             every.append(rows)
         rows = torch.cat(every)
         return {
@@ -293,6 +297,8 @@ class Learner:
             step = self.step(index, selection, labels)
             leaves = [Parted(whole(part).requires_grad_(), part) if part else part for part in learnt]
             table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
+            if leaves[1] and not any(gates.requires_grad for gates in table.values()):
+                raise LearningError("the estimator's gates do not depend on any score, so nothing can be learnt")
             moving = on_device(batch.samples, self.teacher.forward.device)
             moving = replace(moving, step=index, keep=keep, closed=self.closed)
             rows, shallow = moving.rows, method.shallow_at(index)

@@ -60,7 +60,7 @@ def learn(
     """Learns a mask for each task: which units of `model` that task needs.
 
     loader: yields (inputs, labels), labels (batch,) being the model's own output indices, as in any training loop; or
-        (batch, outputs) of 0 and 1 where a sample has several. Inputs are a tensor, a list with an entry for each
+        (batch, outputs) of 0 and 1 where a sample has several (one that has none is left out). Inputs are a tensor, a list with an entry for each
         sample, or a tuple or dict of such, as for the model. A third part is handed to the objective as targets.
     sites, axis, example: as for `attach`; the example is a sample of the loader by default.
     tasks: as for `attach`; None means every label that the loader shows. Samples of other labels serve as contrast.
@@ -93,6 +93,8 @@ def learn(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError("the model's weights were made under torch.inference_mode(); make it, or copy it, outside")
     reports = every_report(progress)
     seed, cache, every = _numbers(seed, cache, every)
     _check_autocast(autocast)

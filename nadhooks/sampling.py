@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batching import digest, join, moved, nbytes, pick, singles, size
+from .batching import by_samples, digest, join, moved, nbytes, pick, singles, size
 from .errors import LearningError, TaskError
 from .methods import Method, Samples
 from .tasks import Label, Tasks
@@ -101,6 +101,7 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
             raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {type(batch).__name__}")
         inputs = (batch[0],) if isinstance(batch[0], list) else batch[0]  # models take a list as their one argument
         samples = size(inputs)
+        inputs = inputs if samples is None else by_samples(inputs, samples)
         if samples is None:
             raise LearningError(
                 "expected a loader of (inputs, labels) batches, inputs being a tensor, a list with an entry for each "
@@ -120,7 +121,7 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
         else:
             labels = labels.long()
         if samples:
-            yield inputs, labels.cpu(), batch[2] if len(batch) > 2 else None
+            yield inputs, labels.cpu(), by_samples(batch[2], samples) if len(batch) > 2 else None
 
 
 def _length(loader: Iterable[Any]) -> int:
@@ -255,6 +256,8 @@ class Pool:
                 parts.append((pick(inputs, places), labels[places], pick(targets, places)))
             if known and all(number.get(label, 0) >= limit[label in own] for label in known):
                 break
+        if not parts:
+            raise LearningError("the loader shows no sample of any label")
         order = torch.tensor(first).argsort(stable=True)
         inputs, labels, targets = (pick(join(part), order) for part in zip(*parts, strict=True))
         return cls(inputs, labels, targets)
@@ -269,9 +272,10 @@ class Pool:
             _check_shown([label in labels for label in tasks.labels], tasks)
         tasks = tasks or Tasks.of(labels)
         if method.negatives and any(bool(has(self.labels, label).all()) for label in tasks.labels):
+            other = "" if method.name == "class-only" else ', or use method="class-only"'
             raise LearningError(
-                f"{method.name} needs samples of at least two labels, for contrast, got label "
-                f'{labels[0]} only; show it more of the data, or use method="class-only"'
+                f"{method.name} needs samples of at least two labels, for contrast, got label {labels[0]} only; "
+                f"show it more of the data{other}"
             )
         return tasks
 

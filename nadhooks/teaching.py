@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .batching import forms, in_memory_format, pick
+from .batching import copied, forms, pick
 from .fusing import Fused, fused
 from .gates import Gates
 from .gating import by_unit
@@ -53,9 +53,9 @@ class Forward:
         known: Mapping[str, Tensor] | None = None,
     ) -> Pass:
         """see: is shown the sites' tensors besides, as they pass. known: what leaves the open network's sites."""
-        if self.channels_last:
-            inputs = in_memory_format(inputs, torch.channels_last)
+        given = inputs
         while True:
+            inputs = copied(given, torch.channels_last if self.channels_last else torch.preserve_format)
             seen: dict[str, Tensor] = {}
             left: dict[str, tuple[Tensor, int]] = {}
 

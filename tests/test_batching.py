@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from nadhooks.batching import digest, forms, in_memory_format, join, moved, nbytes, pick, singles, size
+from nadhooks.batching import by_samples, copied, digest, forms, join, moved, nbytes, pick, singles, size
 
 X = torch.arange(6.0).reshape(3, 2)
 NAMES = ["a", "b", "c"]
@@ -71,10 +72,24 @@ def test_bytes_are_those_of_all_tensors() -> None:
 
 
 def test_only_images_change_their_order_in_memory() -> None:
-    images, vectors = in_memory_format((torch.zeros(2, 1, 4, 5), X), torch.channels_last)
+    images, vectors = copied((torch.zeros(2, 1, 4, 5), X), torch.channels_last)
     assert images.stride() == (20, 1, 5, 1)  # of one channel too
-    assert vectors is X
+    assert vectors.stride() == X.stride()
+    assert torch.equal(vectors, X)
+    assert vectors.data_ptr() != X.data_ptr()  # a model may write into it
     assert moved([X, "a"], torch.device("cpu"))[0] is X
+
+
+def test_what_has_an_entry_for_each_sample_can_be_picked_from() -> None:
+    collated = {"x": X, "names": tuple(NAMES), "more": (np.arange(3), (1, 2, 3), np.array(NAMES))}
+    found = pick(by_samples(collated, 3), torch.tensor([2, 0]))
+    assert found["names"] == ["c", "a"]
+    numbers, plain, words = found["more"]
+    assert numbers.tolist() == [2, 0]
+    assert plain == [3, 1]
+    assert words == ["c", "a"]
+    assert by_samples((X, X, X), 3) == (X, X, X)  # three parts, and not three samples
+    assert by_samples(NAMES, 3) is NAMES
 
 
 def test_the_form_of_samples_is_their_shapes_however_many_there_are() -> None:

@@ -370,6 +370,73 @@ def test_what_closed_units_put_out_has_to_be_a_number() -> None:
         nadhooks.learn(net(), list(nan_loader()), "act", method="random")
 
 
+@pytest.mark.parametrize("method", [methods.contrastive(steps=5), methods.routing(steps=3), methods.nad(epochs=2)])
+@pytest.mark.parametrize("cache", [0, 2**30])
+def test_a_model_may_write_into_its_inputs(method: methods.Method, cache: int) -> None:
+    class Normalised(nn.Module):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            self.inner, self.writes = net(), writes
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.sub_(0.3).div_(2.0) if self.writes else x.sub(0.3).div(2.0)
+            return cast(Tensor, self.inner(x))
+
+    def learn(writes: bool, held_out: Loader) -> nadhooks.Masks:
+        return nadhooks.learn(Normalised(writes), loader(), "inner.act", method=method, cache=cache, held_out=held_out)
+
+    held_out = loader(40)
+    found, expected = learn(True, held_out), learn(False, loader(40))
+    assert torch.equal(found["inner.act"], expected["inner.act"])
+    assert all(torch.equal(found.quality[name], figures) for name, figures in expected.quality.items())
+    assert all(torch.equal(x, other) for (x, _), (other, _) in zip(held_out, loader(40), strict=True))
+
+
+def test_targets_go_with_their_samples_whatever_they_are() -> None:
+    x, y = (torch.cat(part) for part in zip(*loader(), strict=True))
+    names = [f"label {int(label)}" for label in y]
+    forms: list[Any] = [lambda part: tuple(part), lambda part: list(part), lambda part: np.array(part)]
+    for form in forms:
+        data = [(x[i : i + 32], y[i : i + 32], form(names[i : i + 32])) for i in range(0, 96, 32)]
+
+        def objective(
+            student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+        ) -> Tensor:
+            assert len(samples.targets) == len(samples.rows)
+            for name, label, own in zip(
+                samples.targets, samples.classes.tolist(), samples.positive.tolist(), strict=True
+            ):
+                assert (name == f"label {label}") == own
+            change = (student.outputs - teacher.outputs).square().mean(1)
+            return objectives.per_task(change, samples.rows, len(gates["act"]))
+
+        nadhooks.learn(net(), data, "act", method=replace(methods.contrastive(steps=3), objective=objective))
+
+
+def test_gates_that_no_score_moves_are_refused() -> None:
+    fixed = replace(
+        methods.contrastive(steps=5),
+        estimator=lambda scores, step: {k: v.detach().sigmoid() for k, v in scores.items()},
+    )
+    with pytest.raises(LearningError, match="do not depend on any score"):
+        nadhooks.learn(net(), loader(), "act", method=fixed)
+
+
+def test_a_start_that_wants_contrast_says_so() -> None:
+    own = [(x[y == 0], y[y == 0]) for x, y in loader()]
+    with pytest.raises(LearningError, match="start: taylor needs samples of at least two labels"):
+        nadhooks.learn(net(), own, "act", method="class-only", start="taylor")
+
+
+def test_a_model_made_in_inference_mode_is_refused_and_left_alone() -> None:
+    with torch.inference_mode():
+        model = net()
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ModelError, match=r"made under torch\.inference_mode"):
+        nadhooks.learn(model, loader(), "act")
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("whole", [True, False])
 def test_sites_that_run_without_gradients_are_refused(whole: bool) -> None:

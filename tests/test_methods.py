@@ -714,6 +714,11 @@ def test_fidelity_is_the_divergence_on_samples_of_its_own() -> None:
     assert curve["divergence"][0] == [pytest.approx(float(expected), abs=1e-6)]
 
 
+def test_fidelity_of_gates_for_each_sample() -> None:
+    masks = learnt(methods.routing(images=4, steps=3), fidelity=0.5)
+    assert set(masks.provenance["curve"]) == {"keep", "divergence"}
+
+
 def test_fidelity_that_cannot_be_is_refused_before_anything_is_learnt() -> None:
     reports: list[Any] = []
     method = methods.contrastive(steps=2)

@@ -31,6 +31,12 @@ def numbers(inputs: Tensor) -> list[int]:
     return inputs[:, 0].int().tolist()
 
 
+def test_samples_of_which_none_has_a_label_are_refused() -> None:
+    rows = torch.zeros(10, 2, dtype=torch.bool)
+    with pytest.raises(LearningError, match="no sample of any label"):
+        Pool.of(data(loader(labels=rows), outputs=2), None, methods.contrastive())
+
+
 # --- each task's own samples ---
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..batching import moved
+from ..batching import copied, moved
 from ..errors import DataError, TaskError
 from ..gates import Gates
 from ..masks import Masks
@@ -71,7 +71,7 @@ def recognition(
     figures = []
 
     def answered() -> Tensor:
-        found = torch.cat([logits_of(call_model(model, moved(inputs, device))).cpu() for inputs, _ in batches])
+        found = torch.cat([logits_of(call_model(model, copied(moved(inputs, device)))).cpu() for inputs, _ in batches])
         if bool(found.isnan().any()):
             raise DataError(
                 f"the model's outputs for sample {int(found.isnan().any(1).nonzero()[0])} of the loader are NaN; look "
