@@ -124,7 +124,8 @@ class Learner:
             try:
                 self.held.tasks(self.tasks, replace(self.method, **HELD_OUT_DRAWS))
             except LearningError as error:
-                raise LearningError(f"held-out samples: {error}") from error
+                which = "" if self.held_out is not None else f" (of the loader's, every {HELD_OUT}th is held out)"
+                raise LearningError(f"held-out samples: {error}{which}") from error
         if self.held_out is None or self.method.output == "any":
             return
         own, samples = Counter[Label](), 0
@@ -155,7 +156,7 @@ class Learner:
             if method.sampling == "own" or self.pool is None:
                 raise LearningError(
                     f"start: {method.name!r} and {self.method.name!r} see data in different ways; "
-                    "start from masks that one of them learnt, or from a baseline"
+                    f"start from masks that {method.name!r} learnt"
                 )
             if method.output not in ("any", self.method.output):
                 raise LearningError(

@@ -503,6 +503,12 @@ def test_bad_options_are_named() -> None:
     for make in (lambda: methods.contrastive(steps=0), lambda: methods.nad(batch=0), lambda: methods.nad(epochs=0)):
         with pytest.raises(LearningError, match="of at least 1, got 0"):
             make()
+    impossible: list[dict[str, Any]] = [{"negatives": -1}, {"images": -3}]
+    for draws in impossible:
+        with pytest.raises(LearningError, match="expected negatives of at least 0 and images of at least 1"):
+            methods.contrastive(**draws)
+    with pytest.raises(LearningError, match=r"expected sampling of .*, got 'bogus'"):
+        replace(methods.contrastive(), sampling="bogus")  # type: ignore[arg-type]
     with pytest.raises(NadhooksError, match="method: expected"):
         nadhooks.learn(model, data, "act", method=methods.contrastive)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"expected a torch.nn.Module, got str"):

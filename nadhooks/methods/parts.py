@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from ..batching import pick
 from ..errors import LearningError
 from ..gating import Closed
 from ..objectives import Output
+
+Sampling = Literal["own", "balanced", "each"]
 
 Table = dict[str, Tensor]  # {site: (tasks, units)}
 
@@ -57,7 +59,7 @@ class Samples:
     rows: (samples,) the task's row. positive: (samples,) bool, the sample is of that task. classes: which outputs of
     the model say yes to the task: (samples,) the one output, or (samples, outputs) booleans; the label where outputs
     are no classes. targets: what the loader yielded third, if it did. step: how many steps were before. keep: (tasks,)
-    the share that each task keeps in the end, None without a budget. closed: what closed units put out.
+    the share that each task is to keep, of what its budget counts, None without one. closed: what closed units put out.
     """
 
     rows: Tensor
@@ -123,7 +125,7 @@ class Method:
     estimator: Estimator
     update: Update
     initial: Callable[[int, torch.Generator], Tensor]
-    sampling: Literal["own", "balanced", "each"]
+    sampling: Sampling
     closed: Closed
     keep: float | None
     schedule: Callable[[int, int], float] = lambda index, total: 0.0
@@ -166,6 +168,13 @@ class Method:
         for name in needed:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise LearningError(f"{self.name}: expected {name} of at least 1, got {getattr(self, name)!r}")
+        if self.sampling not in get_args(Sampling):
+            raise LearningError(f"{self.name}: expected sampling of {get_args(Sampling)}, got {self.sampling!r}")
+        if self.negatives < 0 or not (self.images is None or self.images >= 1):
+            raise LearningError(
+                f"{self.name}: expected negatives of at least 0 and images of at least 1 (or None), got "
+                f"{self.negatives!r} and {self.images!r}"
+            )
         if not 0 <= self.floor <= 1:
             raise LearningError(f"{self.name}: expected a floor from 0 to 1, got {self.floor!r}")
         if not 0 <= self.shallow < 1:
