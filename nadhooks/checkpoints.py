@@ -87,6 +87,12 @@ class Checkpoint:
         """After so many steps of the phase; -1 when it is finished. Writes if it is time to."""
         if self.path is None:
             return
+        others = {name: x for table in tables.values() for name, x in table.items() if not isinstance(x, Tensor)}
+        for name, x in others.items():
+            raise LearningError(
+                f"a checkpoint holds tensors, got {type(x).__name__} for {name!r} in the state of an update; make it"
+                " a tensor"
+            )
         self.phases[self.phase] = Stand(index, _copied(tables), samples, keys)
         if time.monotonic() - self.written >= self.every:
             self.write()

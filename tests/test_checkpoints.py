@@ -211,6 +211,15 @@ def test_a_checkpoint_of_other_data_is_refused(method: methods.Method, how: str,
     assert torch.equal(resumed["act1"], learn(None, method=method, tasks=[0, 1, 2])["act1"])
 
 
+def test_what_an_update_remembers_has_to_be_tensors(tmp_path: Path) -> None:
+    def update(scores: Any, gradients: Any, step: methods.Step, state: Any) -> None:
+        state["n"] = 1
+
+    with pytest.raises(LearningError, match="a checkpoint holds tensors, got int for 'n' in the state of an update"):
+        learn(tmp_path / "run", method=replace(METHOD, update=update), every=3600.0)
+    learn(None, method=replace(METHOD, update=update))
+
+
 def test_a_checkpoint_of_other_held_out_data_is_refused(tmp_path: Path) -> None:
     stopped(tmp_path / "run", held_out=loader())
     with pytest.raises(LearningError, match="another run: its held-out data is"):
