@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -260,10 +260,13 @@ class Learner:
 
     def initial(self, labels: Sequence[object]) -> Table:
         random = [generator(self.seed, label) for label in labels]
-        return {
-            site.name: torch.stack([self.method.initial(site.units, task) for task in random]).to(logits)
-            for site, logits in zip(self.gates.sites, self.gates.parameters(), strict=True)
+        units = {site.name: site.units for site in self.gates.sites}
+        table = {
+            site: torch.stack([self.method.initial(number, task) for task in random]) for site, number in units.items()
         }
+        like = {site: torch.empty(len(labels), number) for site, number in units.items()}
+        logits = dict(zip(units, self.gates.parameters(), strict=True))
+        return {site: x.to(logits[site]) for site, x in shaped(table, like, "initial").items()}
 
     def run(
         self, batches: Iterable[Batch], labels: Sequence[object], selection: Selection | None, first: Table | None
@@ -297,7 +300,7 @@ class Learner:
                 continue
             step = self.step(index, selection, labels)
             leaves = [Parted(whole(part).requires_grad_(), part) if part else part for part in learnt]
-            table = method.estimator(leaves[0], step)  # {site: (tasks, units)}
+            table = shaped(method.estimator(leaves[0], step), leaves[0], "the estimator")  # {site: (tasks, units)}
             if leaves[1] and not any(gates.requires_grad for gates in table.values()):
                 raise LearningError("the estimator's gates do not depend on any score, so nothing can be learnt")
             moving = on_device(batch.samples, self.teacher.forward.device)
@@ -407,6 +410,15 @@ class Learner:
             self.gates, self.held_out.loader, masks, outputs=self.held_out.meaning, output=self.method.output
         )
         return quality(found)
+
+
+def shaped(found: object, like: Table, whose: str) -> Table:
+    """What a part of the method gave, checked to be values for each task and unit."""
+    expected = {site: tuple(x.shape) for site, x in like.items()}
+    got = {site: tuple(x.shape) for site, x in found.items()} if isinstance(found, Mapping) else type(found).__name__
+    if got != expected:
+        raise LearningError(f"{whose} must give {{site: (tasks, units)}} of shapes {expected}, got {got}")
+    return cast(Table, found)
 
 
 def by_sample(table: Table, rows: Tensor) -> Table:

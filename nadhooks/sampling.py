@@ -146,12 +146,9 @@ def has(labels: Tensor, label: Label) -> Tensor:
 
 def peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """One sample of a loader, and the loader with that sample still in it (iterators are read once only)."""
-    once = isinstance(loader, Iterator)
-    if isinstance(loader, Iterable) and not isinstance(loader, Sized):
-        once = iter(loader) is iter(loader)  # to what starts workers when asked for an iterator, len is known
     for inputs, labels, targets in read(loader):
         sample = pick(inputs, torch.tensor([0]))
-        return sample, chain([(inputs, labels, targets)], loader) if once else loader
+        return sample, chain([(inputs, labels, targets)], loader) if isinstance(loader, Iterator) else loader
     raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
 
 

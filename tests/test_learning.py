@@ -413,6 +413,21 @@ def test_targets_go_with_their_samples_whatever_they_are() -> None:
         nadhooks.learn(net(), data, "act", method=replace(methods.contrastive(steps=3), objective=objective))
 
 
+def test_parts_of_a_method_that_give_other_shapes_are_refused() -> None:
+    wrong: list[Any] = [
+        lambda scores, step: None,
+        lambda scores, step: {site: score.sum(1) for site, score in scores.items()},
+        lambda scores, step: {site: score[:1] for site, score in scores.items()},
+        lambda scores, step: {},
+    ]
+    for estimator in wrong:
+        with pytest.raises(LearningError, match=r"the estimator must give .* of shapes {'act': \(3, 7\)}, got "):
+            nadhooks.learn(net(), loader(), "act", method=replace(methods.contrastive(), estimator=estimator))
+    short = replace(methods.contrastive(), initial=lambda units, random: torch.zeros(units + 1))
+    with pytest.raises(LearningError, match=r"initial must give .* got {'act': \(3, 8\)}"):
+        nadhooks.learn(net(), loader(), "act", method=short)
+
+
 def test_gates_that_no_score_moves_are_refused() -> None:
     fixed = replace(
         methods.contrastive(steps=5),

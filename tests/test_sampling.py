@@ -37,19 +37,6 @@ def test_samples_of_which_none_has_a_label_are_refused() -> None:
         Pool.of(data(loader(labels=rows), outputs=2), None, methods.contrastive())
 
 
-def test_what_gives_one_and_the_same_iterator_is_read_once() -> None:
-    class Once:
-        def __init__(self) -> None:
-            self.batches = iter(loader())
-
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            return self.batches
-
-    sample, rest = peek(Once())
-    assert numbers(sample) == [0]
-    assert [numbers(inputs) for inputs, _, _ in read(rest)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-
-
 # --- each task's own samples ---
 
 
