@@ -154,9 +154,10 @@ class Learner:
         else:
             method = method_of(start)
             if method.sampling == "own" or self.pool is None:
+                other = "" if self.pool is None else ", or from a baseline"
                 raise LearningError(
                     f"start: {method.name!r} and {self.method.name!r} see data in different ways; "
-                    f"start from masks that {method.name!r} learnt"
+                    f"start from masks that one of them learnt{other}"
                 )
             if method.output not in ("any", self.method.output):
                 raise LearningError(
