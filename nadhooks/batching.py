@@ -30,17 +30,17 @@ def forms(inputs: Any) -> tuple[frozenset[Any], ...]:
     )
 
 
-def by_samples(inputs: Any, samples: int) -> Any:
+def pickable(inputs: Any, samples: int) -> Any:
     """The same in forms that samples can be picked from: arrays, and tuples of a plain entry for each sample."""
     if isinstance(inputs, np.ndarray):
         return torch.as_tensor(inputs) if inputs.dtype.kind in "biufc" else inputs.tolist()
     if isinstance(inputs, dict):
-        return {key: by_samples(part, samples) for key, part in inputs.items()}
+        return {key: pickable(part, samples) for key, part in inputs.items()}
     if not isinstance(inputs, tuple):
         return inputs
     if len(inputs) == samples and not any(isinstance(part, (Tensor, np.ndarray, list, tuple, dict)) for part in inputs):
         return list(inputs)
-    return tuple(by_samples(part, samples) for part in inputs)
+    return tuple(pickable(part, samples) for part in inputs)
 
 
 def pick(inputs: Any, places: Tensor) -> Any:

@@ -26,7 +26,7 @@ Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 class Stand(NamedTuple):
     """How far a phase is: what is learnt, and its updates' memory, before that step, counted from 0; -1 is finished.
 
-    samples: that went through gates until then. keys: a hash of what these are known by.
+    samples: that went through gates until then, in this phase and those before. keys: a hash of what they are known by.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Checkpoint:
             self._check(self.path)
             self.phases = self._read(self.path) if self.path.exists() else []
 
-    def of(self, data: Any) -> None:
+    def learns_from(self, data: Any) -> None:
         """What the run learns from, which must be the same as well, once it is read."""
         self.data = "" if self.path is None else digest(data).hex()
 
@@ -87,12 +87,12 @@ class Checkpoint:
         """After so many steps of the phase; -1 when it is finished. Writes if it is time to."""
         if self.path is None:
             return
-        others = {name: x for table in tables.values() for name, x in table.items() if not isinstance(x, Tensor)}
-        for name, x in others.items():
-            raise LearningError(
-                f"a checkpoint holds tensors, got {type(x).__name__} for {name!r} in the state of an update; make it"
-                " a tensor"
-            )
+        for name, x in (item for table in tables.values() for item in table.items()):
+            if not isinstance(x, Tensor):
+                raise LearningError(
+                    f"a checkpoint holds tensors, got {type(x).__name__} for {name!r} in the state of an update; make "
+                    "it a tensor"
+                )
         self.phases[self.phase] = Stand(index, _copied(tables), samples, keys)
         if time.monotonic() - self.written >= self.every:
             self.write()
@@ -106,10 +106,10 @@ class Checkpoint:
             for part, table in stand.tables.items()
             for name, x in table.items()
         }
-        steps, samples, keys = ([stand[field] for stand in self.phases] for field in (0, 2, 3))
         # the file has them by name; the order of sites counts for methods that take them by turns
         about = {"version": VERSION, "run": self.run, "data": self.data, "tensors": list(tensors)}
-        about |= {"steps": steps, "samples": samples, "keys": keys}
+        about |= {"steps": [stand.step for stand in self.phases], "keys": [stand.keys for stand in self.phases]}
+        about["samples"] = [stand.samples for stand in self.phases]
         told = {KEY: json.dumps(about, sort_keys=True)}
         try:
             write_bytes(self.file, safetensors.torch.save(tensors, told))
@@ -144,20 +144,26 @@ class Checkpoint:
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 told = json.loads((file.metadata() or {})[KEY])
-                about = zip(told["steps"], told.get("samples", []), told.get("keys", []), strict=False)
-                phases = [Stand(step, {}, samples, keys) for step, samples, keys in about]
+                self._check_run(told.get("version"), told["run"])  # before the rest, which versions differ in
+                self.found_data = told["data"]
+                stands = zip(told["steps"], told["samples"], told["keys"], strict=True)
+                phases = [Stand(step, {}, samples, keys) for step, samples, keys in stands]
                 for key in told.get("tensors", []):
                     number, part, name = key.split("/", 2)
                     phases[int(number)].tables.setdefault(part, {})[name] = file.get_tensor(key)
+        except LearningError:
+            raise
         except Exception as error:  # of many kinds
             raise LearningError(f"{path} is not a checkpoint of nadhooks: {error}; name another file") from error
-        found: dict[str, Any] = told["run"]
-        if told.get("version") != VERSION or found != self.run:
-            differs = [name for name in {**self.run, **found} if found.get(name) != self.run.get(name)]
-            name = (differs or ["version"])[0]
-            self.refuse(f": its {name} is {_short(found.get(name))}, here {_short(self.run.get(name))}")
-        self.found_data = told["data"]
         return phases
+
+    def _check_run(self, version: object, found: dict[str, Any]) -> None:
+        differs = [name for name in {**self.run, **found} if found.get(name) != self.run.get(name)]
+        if differs:
+            name = differs[0]
+            self.refuse(f": its {name} is {_short(found.get(name))}, here {_short(self.run.get(name))}")
+        if version != VERSION:
+            self.refuse(f": its version is {_short(version)}, here {VERSION}")
 
 
 def _copied(tables: Tables) -> dict[str, dict[str, Tensor]]:

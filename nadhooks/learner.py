@@ -110,7 +110,7 @@ class Learner:
             self.held = Pool.of(self.held_out, None, replace(self.method, **HELD_OUT_DRAWS))
         self.tasks = self.pool.tasks(given, self.method)
         self.check_held_out()
-        self.checkpoint.of([vars(self.pool), self.held and vars(self.held)])
+        self.checkpoint.learns_from([vars(self.pool), self.held and vars(self.held)])
         for places in torch.arange(len(self.pool)).split(SAMPLES_PER_PASS):
             batch = self.pool.part(places)
             self.teacher.ask(batch.inputs, places.tolist(), means.add if means else None)
@@ -261,13 +261,12 @@ class Learner:
 
     def initial(self, labels: Sequence[object]) -> Table:
         random = [generator(self.seed, label) for label in labels]
-        units = {site.name: site.units for site in self.gates.sites}
         table = {
-            site: torch.stack([self.method.initial(number, task) for task in random]) for site, number in units.items()
+            site.name: torch.stack([self.method.initial(site.units, task) for task in random])
+            for site in self.gates.sites
         }
-        like = {site: torch.empty(len(labels), number) for site, number in units.items()}
-        logits = dict(zip(units, self.gates.parameters(), strict=True))
-        return {site: x.to(logits[site]) for site, x in shaped(table, like, "initial").items()}
+        shapes = {site.name: (len(labels), site.units) for site in self.gates.sites}
+        return {site: x.to(self.gates.logits[site]) for site, x in shaped(table, shapes, "initial").items()}
 
     def run(
         self, batches: Iterable[Batch], labels: Sequence[object], selection: Selection | None, first: Table | None
@@ -283,14 +282,14 @@ class Learner:
         states = [tables.setdefault(f"{part}, state", {}) for part in Learnt._fields]
         updates = method.update, method.closing
         if begun < 0:
-            self.samples += samples
+            self.samples = samples
             return learnt
         scores = next(iter(initial.values()))
         keep = None if selection is None else selection.shares().expand(len(labels)).to(scores)
-        samples, before, through = 0, self.samples, hashlib.blake2b(digest_size=16)
+        shapes = {site: tuple(score.shape) for site, score in initial.items()}
+        through = hashlib.blake2b(digest_size=16)
         for index, batch in enumerate(batches):
-            samples += len(batch.keys)
-            self.samples = before + samples
+            self.samples += len(batch.keys)
             through.update(repr(batch.keys).encode())
             if method.sampling == "own" and batch.done * method.epochs > 2 * batch.total > 0:  # two epochs are over
                 self.teacher.forget_unused()
@@ -301,7 +300,7 @@ class Learner:
                 continue
             step = self.step(index, selection, labels)
             leaves = [Parted(whole(part).requires_grad_(), part) if part else part for part in learnt]
-            table = shaped(method.estimator(leaves[0], step), leaves[0], "the estimator")  # {site: (tasks, units)}
+            table = shaped(method.estimator(leaves[0], step), shapes, "the estimator")  # {site: (tasks, units)}
             if leaves[1] and not any(gates.requires_grad for gates in table.values()):
                 raise LearningError("the estimator's gates do not depend on any score, so nothing can be learnt")
             moving = on_device(batch.samples, self.teacher.forward.device)
@@ -321,12 +320,12 @@ class Learner:
                 for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):
                     if update:
                         update(part, Parted(gradient, part), step, state)
-            self.checkpoint.note(index + 1, tables, samples, through.hexdigest())
+            self.checkpoint.note(index + 1, tables, self.samples, through.hexdigest())
             if self.reports:
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
                     held_out = self.told(batch, labels, learnt, selection)
                     self.report(batch, losses, terms, table, held_out)
-        self.checkpoint.note(-1, learnt._asdict(), samples)
+        self.checkpoint.note(-1, learnt._asdict(), self.samples)
         return learnt
 
     def lead_back(self, table: Table, shallow: bool) -> Table:
@@ -413,9 +412,8 @@ class Learner:
         return quality(found)
 
 
-def shaped(found: object, like: Table, whose: str) -> Table:
+def shaped(found: object, expected: Mapping[str, tuple[int, ...]], whose: str) -> Table:
     """What a part of the method gave, checked to be values for each task and unit."""
-    expected = {site: tuple(x.shape) for site, x in like.items()}
     got = {site: tuple(x.shape) for site, x in found.items()} if isinstance(found, Mapping) else type(found).__name__
     if got != expected:
         raise LearningError(f"{whose} must give {{site: (tasks, units)}} of shapes {expected}, got {got}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batching import by_samples, digest, join, moved, nbytes, pick, singles, size
+from .batching import digest, join, moved, nbytes, pick, pickable, singles, size
 from .errors import LearningError, TaskError
 from .methods import Method, Samples
 from .tasks import Label, Tasks
@@ -101,7 +101,7 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
             raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {type(batch).__name__}")
         inputs = (batch[0],) if isinstance(batch[0], list) else batch[0]  # models take a list as their one argument
         samples = size(inputs)
-        inputs = inputs if samples is None else by_samples(inputs, samples)
+        inputs = inputs if samples is None else pickable(inputs, samples)
         if samples is None:
             raise LearningError(
                 "expected a loader of (inputs, labels) batches, inputs being a tensor, a list with an entry for each "
@@ -121,7 +121,7 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
         else:
             labels = labels.long()
         if samples:
-            yield inputs, labels.cpu(), by_samples(batch[2], samples) if len(batch) > 2 else None
+            yield inputs, labels.cpu(), pickable(batch[2], samples) if len(batch) > 2 else None
 
 
 def _length(loader: Iterable[Any]) -> int:

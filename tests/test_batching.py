@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nadhooks.batching import by_samples, copied, digest, forms, join, moved, nbytes, pick, singles, size
+from nadhooks.batching import copied, digest, forms, join, moved, nbytes, pick, pickable, singles, size
 
 X = torch.arange(6.0).reshape(3, 2)
 NAMES = ["a", "b", "c"]
@@ -82,14 +82,14 @@ def test_only_images_change_their_order_in_memory() -> None:
 
 def test_what_has_an_entry_for_each_sample_can_be_picked_from() -> None:
     collated = {"x": X, "names": tuple(NAMES), "more": (np.arange(3), (1, 2, 3), np.array(NAMES))}
-    found = pick(by_samples(collated, 3), torch.tensor([2, 0]))
+    found = pick(pickable(collated, 3), torch.tensor([2, 0]))
     assert found["names"] == ["c", "a"]
     numbers, plain, words = found["more"]
     assert numbers.tolist() == [2, 0]
     assert plain == [3, 1]
     assert words == ["c", "a"]
-    assert by_samples((X, X, X), 3) == (X, X, X)  # three parts, and not three samples
-    assert by_samples(NAMES, 3) is NAMES
+    assert pickable((X, X, X), 3) == (X, X, X)  # three parts, and not three samples
+    assert pickable(NAMES, 3) is NAMES
 
 
 def test_the_form_of_samples_is_their_shapes_however_many_there_are() -> None:
