@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SiteError, TaskError
-from .gating import gate, with_closed
+from .gating import gate, laid_out_as, with_closed
 from .ownership import held_by_nobody_else
 from .sites import Site
 from .tracing import samples_in
@@ -52,6 +52,8 @@ class SiteGate:
                 )
             if shut is not None:
                 changed = with_closed(changed, shut, site, closed)
+            if not torch.compiler.is_compiling():
+                changed = laid_out_as(x, changed)
         if gates._watch is not None:
             gates._watch(site, x if changed is None else changed)
         return changed

@@ -95,6 +95,18 @@ def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = No
     return torch.where(there, what, x)
 
 
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y with the strides of x, where it differs from that on axes of size 1 alone.
+
+    Nothing else is there, but matrix products choose their way by strides, and another way rounds otherwise: a sample's
+    last bits would change with the gates of another.
+    """
+    strides = zip(x.shape, x.stride(), y.stride(), strict=True)
+    if x.stride() == y.stride() or any(size > 1 and a != b for size, a, b in strides):
+        return y
+    return y.as_strided(y.shape, x.stride())
+
+
 def _spread(
     rows: Tensor,
     x: Tensor,

@@ -106,6 +106,31 @@ def test_open_gates_leave_outputs_as_they_are(closed: nadhooks.gates.Closed) -> 
             assert torch.equal(model(x), bare)
 
 
+@pytest.mark.parametrize("strides", [(27, 1, 27), (27, 1, 1), (27, 1, 5), (54, 2, 2)])
+def test_gated_tensors_lie_in_memory_as_they_were(strides: tuple[int, int, int]) -> None:
+    """As far as it matters to nothing but the choice of kernels, which round differently."""
+
+    class Laid(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.empty_strided((len(x), 27, 1), strides).copy_(x)
+
+    model, x = nn.Sequential(Laid()), torch.randn(2, 27, 1, generator=torch.Generator().manual_seed(0))
+    shut = torch.ones(2, 27).index_fill(1, torch.tensor([3]), 0)
+    with nadhooks.attach(model, "0", example=x, axis=1) as gates:
+        bare = model(x)
+        for g in (shut, shut.clone().requires_grad_()):
+            with gates.apply({"0": g}):
+                gated = model(x)
+            dense = strides[1] == 1
+            assert gated.stride() == strides or not dense
+            assert torch.equal(gated, bare * shut[:, :, None])
+        with gates.close("0", 5):
+            assert model(x).stride() == strides or not dense
+    gated.sum().backward()
+    assert g.grad is not None
+    assert torch.equal(g.grad, bare[:, :, 0])
+
+
 def test_open_gates_without_gradients_leave_the_very_tensor() -> None:
     model = seeded(Mlp)
     seen: list[Tensor] = []
