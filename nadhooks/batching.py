@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .errors import LearningError
+
 CACHED = 2**17  # numbers: three such tensors fit the second level of most processors
 
 
 def size(inputs: Any) -> int | None:
     """How many samples there are; None if parts differ in it or there is no part."""
-    sizes = {len(part) for part in _parts(inputs) if isinstance(part, list) or part.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
+    found = sizes(inputs)
+    return found.pop() if len(found) == 1 else None
+
+
+def sizes(inputs: Any) -> set[int]:
+    """How many samples the parts hold, each number once."""
+    return {len(part) for part in _parts(inputs) if isinstance(part, list) or part.dim()}
 
 
 def forms(inputs: Any) -> tuple[frozenset[Any], ...]:
@@ -27,6 +34,16 @@ def forms(inputs: Any) -> tuple[frozenset[Any], ...]:
         if isinstance(part, Tensor)
         else frozenset(tuple(x.shape for x in pytree.tree_leaves(sample) if isinstance(x, Tensor)) for sample in part)
         for part in _parts(inputs)
+    )
+
+
+def listed(inputs: Any) -> bool:
+    """Whether samples are tensors in a list, which may be of several sizes."""
+    return any(
+        isinstance(leaf, Tensor) and leaf.dim()
+        for part in _parts(inputs)
+        if isinstance(part, list)
+        for leaf in pytree.tree_leaves(part)
     )
 
 
@@ -52,6 +69,13 @@ def join(batches: Sequence[Any]) -> Any:
     """Batches of one form, one after the other."""
     first = batches[0]
     if isinstance(first, Tensor):
+        shapes = {batch.shape[1:] for batch in batches}
+        if len(shapes) > 1:
+            one, other = sorted(map(tuple, shapes))[:2]
+            raise LearningError(
+                f"expected samples of one shape in every batch, got {one} and {other}; bring them to one, or yield "
+                "images of several sizes as lists with an entry for each sample"
+            )
         return torch.cat(list(batches)) if first.dim() else first
     if isinstance(first, list):
         return [sample for batch in batches for sample in batch]
@@ -97,6 +121,18 @@ def nbytes(inputs: Any) -> int:
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
+def described(value: Any) -> str:
+    """A value in a few words, for errors."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return "dict of " + ", ".join(f"{key!r}: {described(part)}" for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        kinds = list(dict.fromkeys(described(part) for part in value))
+        return f"{type(value).__name__} of {len(value)}" + (f" ({', '.join(kinds[:3])})" if kinds else "")
+    return type(value).__name__
+
+
 def digest(inputs: Any) -> bytes:
     """What a sample is known by again: a hash of its tensors."""
     known = hashlib.blake2b(digest_size=16)
@@ -105,6 +141,8 @@ def digest(inputs: Any) -> bytes:
             known.update(str(leaf.shape).encode())
             plain = leaf.detach().cpu().contiguous().reshape(-1)
             known.update(plain.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
+        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:  # of long ones `repr` shows the ends alone
+            known.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
         else:
             known.update(repr(leaf).encode())
     return known.digest()

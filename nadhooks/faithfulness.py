@@ -32,8 +32,8 @@ def faithful(learner: Learner, bound: float) -> tuple[Found, dict[str, Any]]:
     shares: list[Tensor] = []
     divergences: list[Tensor] = []
 
-    def attempt(share: Tensor) -> None:
-        learnt = learner.learnt(selection.at(share))
+    def attempt(share: Tensor, several: bool = False) -> None:
+        learnt = learner.learnt(selection.at(share), several)
         found = divergence(learner, learnt)
         does = (found <= bound) & (failed < 2)
         better = does & (share < good)
@@ -52,7 +52,7 @@ def faithful(learner: Learner, bound: float) -> tuple[Found, dict[str, Any]]:
             break
     failed.zero_()
     for _ in range(REFINED):
-        attempt((good + bad) / 2)
+        attempt((good + bad) / 2, several=True)
     curve = {
         "keep": [[round(float(x), 4) for x in row] for row in shares],
         "divergence": [[round(float(x), 6) for x in row] for row in divergences],

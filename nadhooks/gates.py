@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import zoo
 from ._version import __version__
 from .acting import Passing, SiteGate, forget_compiled, known_open
-from .batching import moved
+from .batching import copied, moved
 from .errors import LearningError, NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hookable import check_model
@@ -239,7 +239,7 @@ class Gates:
         with torch.no_grad(), undisturbed(model), self.everything_open(), self.watch(means.add):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-                call_model(model, inputs if device is None else moved(inputs, device))
+                call_model(model, copied(inputs if device is None else moved(inputs, device)))
         self.close_to_means(means)
 
     def close_to_means(self, means: UnitMeans) -> None:

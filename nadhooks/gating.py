@@ -209,7 +209,8 @@ class UnitMeans:
     def add(self, site: Site, x: Tensor) -> None:
         self.sums[site.name] += unit_sums(x, site).cpu()
         if self.squares:
-            self.squares[site.name] += unit_sums(x.detach().square(), site).cpu()
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # squares of 256 are infinite in float16
+            self.squares[site.name] += unit_sums(wide.square(), site).cpu()
         self.counts[site.name] += x.numel() // site.units
 
     def means(self) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from .teaching import Teacher
 TIMES = 10  # in a run that held-out samples are measured
 HELD_OUT = 5  # of each so many samples one is held out where fidelity is asked for and nothing else is given
 HELD_OUT_DRAWS: dict[str, Any] = {"steps": 4, "positives": 8, "negatives": 8, "images": None}
-SEVERAL = 0.3  # where tasks keep different shares, all take the steps of this one: each for itself, whatever the others
+SEVERAL = 0.3  # where each task keeps a share of its own, all take the steps of this one, whatever the others keep
 WARM = 3.0  # scores of a warm start run from minus this to this; a step of ours moves them by about 1
 
 
@@ -97,7 +97,7 @@ class Learner:
             self.tasks = self.data.tasks(given)
             self.check_held_out()
             if means:
-                self.gates.calibrate(inputs for inputs, _, _ in self.data.batches())
+                self.gates.calibrate((inputs, labels) for inputs, labels, _ in self.data.batches())
             return
         method, parted = self.method, fidelity is not None and self.held_out is None
         if parted:  # enough of each label for both parts, also where a method itself wants few
@@ -175,9 +175,9 @@ class Learner:
 
     # --- from scores to gates ---
 
-    def learnt(self, selection: Selection | None) -> Found:
-        """All tasks' gates, with so much to keep."""
-        return self.final(self.learn(selection), selection, self.tasks.labels)
+    def learnt(self, selection: Selection | None, several: bool = False) -> Found:
+        """All tasks' gates, with so much to keep; `several`: of each task something else."""
+        return self.final(self.learn(selection, several), selection, self.tasks.labels)
 
     def final(self, learnt: Learnt, selection: Selection | None, labels: Sequence[object]) -> Found:
         """What there would be if learning ended with this."""
@@ -200,12 +200,10 @@ class Learner:
         offset = whole(offsets)
         return Parted(torch.addcmul(mean.to(offset), deviation.to(offset), offset), offsets)
 
-    def learn(self, selection: Selection | None) -> Learnt:
+    def learn(self, selection: Selection | None, several: bool = False) -> Learnt:
         """What the method learns for all tasks, with so much to keep."""
         if selection is not None:
-            shares = selection.shares()
-            share = float(shares[0]) if bool((shares == shares[0]).all()) else SEVERAL
-            self.method = self.asked.paced(share, self.closed)
+            self.method = self.asked.paced(SEVERAL if several else float(selection.shares()[0]), self.closed)
         method, data, labels = self.method, self.data, self.tasks.labels
         self.told_at, self.samples, self.clock = 0, 0, Clock()
         if method.sampling == "own":

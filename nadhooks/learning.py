@@ -7,14 +7,16 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Real
 from os import PathLike
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from .batching import digest, moved
+from .batching import copied, digest, moved
 from .budgets import Budget, Selection
 from .checkpoints import Checkpoint
 from .errors import ModelError, NadhooksError, TaskError
@@ -22,7 +24,7 @@ from .faithfulness import faithful
 from .gates import attach, check_closed
 from .gating import Closed
 from .identity import weights_of
-from .learner import Learner
+from .learner import SEVERAL, Learner
 from .masks import Masks
 from .methods import Method, Objective, method_of
 from .progress import Report, every_report
@@ -94,6 +96,8 @@ def learn(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ModelError("the model has lazy modules, which have no weights yet; run it once on an input, then learn")
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError("the model's weights were made under torch.inference_mode(); make it, or copy it, outside")
     reports = every_report(progress)
@@ -121,6 +125,8 @@ def learn(
                 selection = Selection(budget, gates.sites, _costs(budget, forward, sample), method.floor)
             if selection is not None and fidelity is None:
                 method = method.paced(float(selection.shares().min()), closed)
+            if fidelity is not None:  # as many images as its longest runs but those for very little want
+                method = replace(method, images=method.paced(SEVERAL, closed).images)
             once = method.sampling == "own" and method.epochs == 1  # then no sample comes again to be looked up
             kept = None if held_out is None else _kept(Data(held_out, number, device, outputs))
             learner = Learner(
@@ -173,7 +179,7 @@ def _numbers(seed: Any, cache: Any, every: Any) -> tuple[int, int, float]:
     if not (hasattr(seed, "__index__") and -(2**63) <= seed < 2**64):
         raise NadhooksError(f"seed: expected a whole number of 64 bits, got {seed!r}")
     for name, value, unit in (("cache", cache, "bytes"), ("every", every, "seconds")):
-        if not (isinstance(value, (int, float)) and value >= 0):
+        if not (isinstance(value, Real) and float(value) >= 0):
             raise NadhooksError(f"{name}: expected a number of {unit}, 0 or more, got {value!r}")
     return operator.index(seed), int(min(cache, sys.maxsize)), float(every)
 
@@ -186,7 +192,7 @@ def _check_autocast(autocast: Any) -> None:
 def _classes(model: nn.Module, sample: Any) -> int:
     """How many outputs a classifier has."""
     with torch.no_grad():
-        number = logits_of(call_model(model, sample)).shape[1]
+        number = logits_of(call_model(model, copied(sample))).shape[1]
     if number < 2:
         raise ModelError("expected a classifier of two or more classes, got one output")
     return number
@@ -233,6 +239,8 @@ def _check_meaning(outputs: Mapping[Label, Sequence[int]] | None, number: int | 
     if number is None:
         raise NadhooksError("outputs: an objective of one's own decides itself what outputs mean")
     for label, indices in outputs.items():
+        if not isinstance(indices, Iterable):
+            raise TaskError(f"outputs: expected for task {label!r} a list of the model's outputs, got {indices!r}")
         wrong = [x for x in indices if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < number]
         if wrong or not 0 < len(set(indices)) < number:
             raise TaskError(
@@ -260,6 +268,6 @@ def _budget(keep: float | int | Budget | None, fidelity: float | None, method: M
         raise NadhooksError(
             f"{name}: with {method.name!r} the share that is kept follows from its options, got {name}={value}"
         )
-    if fidelity is not None and not (isinstance(fidelity, (int, float)) and 0 < fidelity < math.inf):
+    if fidelity is not None and not (isinstance(fidelity, Real) and 0 < float(fidelity) < math.inf):
         raise NadhooksError(f"fidelity: expected a divergence above 0 (in nats), got {fidelity!r}")
     return None if method.keep is None else Budget.of(method.keep if keep is None else keep)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batching import digest, join, moved, nbytes, pick, pickable, singles, size
+from .batching import described, digest, join, moved, nbytes, pick, pickable, singles, size, sizes
 from .errors import LearningError, TaskError
 from .methods import Method, Samples
 from .tasks import Label, Tasks
@@ -114,14 +114,26 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
         if labels.dim() == 2 and len(labels) == samples and bool(((labels == 0) | (labels == 1)).all()):
             labels = labels.bool()
         elif labels.dim() != 1 or len(labels) != samples or labels.is_floating_point():
+            several = "; a list has an entry for each sample, a tuple one for each argument of the model"
             raise TaskError(
                 f"expected {samples} whole-number labels, one per sample (or {samples} rows of 0 and 1), "
-                f"got shape {tuple(labels.shape)} of {labels.dtype}"
+                f"got shape {tuple(labels.shape)} of {labels.dtype}{several if isinstance(batch[0], list) else ''}"
             )
         else:
             labels = labels.long()
         if samples:
-            yield inputs, labels.cpu(), pickable(batch[2], samples) if len(batch) > 2 else None
+            yield inputs, labels.cpu(), _targets(batch[2], samples) if len(batch) > 2 else None
+
+
+def _targets(given: Any, samples: int) -> Any:
+    """What came third, in a form that samples can be picked from."""
+    targets = pickable(given, samples)
+    if sizes(targets) - {samples}:
+        raise LearningError(
+            f"expected a third part (targets) with an entry for each of the {samples} samples, as a tensor, a list or "
+            f"a tuple or dict of such, got {described(given)}; yield (inputs, labels) alone if no objective asks for it"
+        )
+    return targets
 
 
 def _length(loader: Iterable[Any]) -> int:

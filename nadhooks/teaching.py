@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .batching import copied, forms, pick
+from .batching import copied, forms, listed, pick
 from .fusing import Fused, fused
 from .gates import Gates
 from .gating import by_unit
@@ -30,7 +30,8 @@ class Forward:
     read: takes from what the model puts out what objectives are shown. autocast: a dtype to compute in, such as
     torch.bfloat16. overwritten: sites whose tensor a later layer overwrites in place, so that it has to be copied.
     channels_last: images go in that way; convolutions are faster then. by_sample: what `read` gives are tensors with
-    a row for each sample. fused: in force while the model runs, and to be in force on the way back. shortcut: past what
+    a row for each sample that does not depend on the others, as it does where a model pads a list of images to the
+    largest. fused: in force while the model runs, and to be in force on the way back. shortcut: past what
     no gate changes, for inputs of the form that it was tried on.
     """
 
@@ -86,7 +87,7 @@ class Forward:
             self.form, precise = forms(sample), replace(self, autocast=None)
             trials = [(inputs, samples, precise(inputs, samples)) for inputs, samples in ((sample, 1), (pair, 2))]
             once, twice = (_first_axes(expected.outputs) for _, _, expected in trials)
-            self.by_sample = bool(once) and set(once) == {1} and twice == [2] * len(once)
+            self.by_sample = bool(once) and set(once) == {1} and twice == [2] * len(once) and not listed(sample)
             self.channels_last = self._stays(trials, channels_last=True)
             found = fused(self.gates.attached(), lambda: self(pair, 2), self.channels_last)
             self.fused = found if self._stays(trials, fused=found) else self.fused

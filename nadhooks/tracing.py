@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .batching import copied
 from .errors import ModelError
 from .functional import Apply, WeightUse
 from .nesting import leaves_of
@@ -271,7 +273,7 @@ def _run(model: nn.Module, example: Any) -> Trace:
             leave = module.register_forward_hook(lambda module, args, output: after(output))
             stack.callback(leave.remove)
         try:
-            call_model(model, example)
+            call_model(model, copied(example))  # models may write into what they are given
         except Exception as error:
             shapes = [tuple(value.shape) for value in pytree.tree_leaves(example) if isinstance(value, Tensor)]
             raise ModelError(
@@ -283,11 +285,13 @@ def _run(model: nn.Module, example: Any) -> Trace:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every training flag, the random state, and what modules keep in attributes as found afterwards.
+    """Eval mode inside; flags, the random state, buffers and what modules keep in attributes as found afterwards.
 
-    Attention layers may cache biases in eval mode and clear them on `train()`, which is not called here.
+    Attention layers may cache biases in eval mode and clear them on `train()`, which is not called here; counters and
+    observers of ranges go on in eval mode.
     """
     found = [(module, module.training, _attributes(module)) for module in model.modules()]
+    buffers = [(module, name, x, _state(x)) for module in model.modules() for name, x in module._buffers.items()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
@@ -295,6 +299,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
     finally:
+        for module, name, buffer, state in buffers:
+            module._buffers[name] = buffer
+            if buffer is not None and state is not None:
+                _restore(buffer, *state)
         for module, training, attributes in found:
             module.training = training
             for name in set(_attributes(module)) - set(attributes):
@@ -306,6 +314,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     value.clear()
                     value.update(contents)
                 vars(module)[name] = value
+
+
+def _state(buffer: Tensor | None) -> tuple[Tensor, int | None] | None:
+    """A buffer's values and how often it has been written to, which inference tensors do not count."""
+    if buffer is None or buffer.is_meta or is_lazy(buffer):
+        return None
+    return buffer.detach().clone(), None if buffer.is_inference() else buffer._version
+
+
+def _restore(buffer: Tensor, values: Tensor, version: int | None) -> None:
+    if version is not None and buffer._version == version:
+        return
+    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+        if buffer.shape != values.shape:  # an observer that saw nothing before is empty
+            buffer.resize_(values.shape)
+        buffer.copy_(values)
 
 
 @contextmanager

@@ -185,6 +185,8 @@ def _by_perturbation(
     if not sources:
         return set()
     generator = torch.Generator().manual_seed(0)
+    given = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    numbered = not any(leaf.is_floating_point() for leaf in given)  # images of bytes, or tokens: in another order
     recorded: dict[str, list[Tensor]] = defaultdict(list)
     taken: dict[str, list[Tensor]] = defaultdict(list)  # by layers
 
@@ -197,7 +199,8 @@ def _by_perturbation(
 
     def noisy(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
-            return tensor
+            order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+            return tensor.flatten()[order].view(tensor.shape) if numbered else tensor
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         return tensor + noise * (tensor.std(correction=0) + FLAT)
 

@@ -58,6 +58,9 @@ def test_equal_samples_are_known_by_the_same_and_others_are_not() -> None:
     others = [(X + 1, "a"), (X, "b"), (X.reshape(2, 3), "a")]
     assert len({digest(other) for other in [(X, "a"), *others]}) == 4
     assert digest(X.T.contiguous().T) == digest(X)  # whatever its order in memory
+    long = np.zeros(2000)
+    assert digest([long]) == digest([long.copy()])
+    assert digest([long]) != digest([np.where(np.arange(2000) == 1000, 1, long)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.int64, torch.float64])

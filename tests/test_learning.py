@@ -370,7 +370,13 @@ def test_what_closed_units_put_out_has_to_be_a_number() -> None:
         nadhooks.learn(net(), list(nan_loader()), "act", method="random")
 
 
-@pytest.mark.parametrize("method", [methods.contrastive(steps=5), methods.routing(steps=3), methods.nad(epochs=2)])
+WRITTEN_INTO = [
+    *(methods.contrastive(steps=5), methods.routing(steps=3), methods.nad(epochs=2)),
+    replace(methods.nad(epochs=1), closed="mean"),
+]
+
+
+@pytest.mark.parametrize("method", WRITTEN_INTO)
 @pytest.mark.parametrize("cache", [0, 2**30])
 def test_a_model_may_write_into_its_inputs(method: methods.Method, cache: int) -> None:
     class Normalised(nn.Module):
@@ -382,14 +388,113 @@ def test_a_model_may_write_into_its_inputs(method: methods.Method, cache: int) -
             x = x.sub_(0.3).div_(2.0) if self.writes else x.sub(0.3).div(2.0)
             return cast(Tensor, self.inner(x))
 
+    data, example = loader(), vectors()
+
     def learn(writes: bool, held_out: Loader) -> nadhooks.Masks:
-        return nadhooks.learn(Normalised(writes), loader(), "inner.act", method=method, cache=cache, held_out=held_out)
+        more: dict[str, Any] = {"method": method, "cache": cache, "held_out": held_out, "example": example}
+        return nadhooks.learn(Normalised(writes), data, "inner.act", **more)
 
     held_out = loader(40)
     found, expected = learn(True, held_out), learn(False, loader(40))
     assert torch.equal(found["inner.act"], expected["inner.act"])
     assert all(torch.equal(found.quality[name], figures) for name, figures in expected.quality.items())
     assert all(torch.equal(x, other) for (x, _), (other, _) in zip(held_out, loader(40), strict=True))
+    assert all(torch.equal(x, other) for (x, _), (other, _) in zip(data, loader(), strict=True))
+    assert torch.equal(example, vectors())
+
+
+def test_means_are_those_of_all_the_arguments() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+            return cast(Tensor, self.inner(x if added is None else x + added))
+
+    def constants(data: Any) -> Tensor:
+        method = methods.nad(epochs=1)
+        return nadhooks.learn(Two(), data, "inner.act", method=method, closed="mean").constants["inner.act"]
+
+    halves = [((x / 2, x / 2), y) for x, y in loader()]
+    assert torch.equal(constants(halves), constants(loader()))
+
+
+class Counting(nn.Module):
+    """Writes to its buffers in eval mode too, one of them empty at first."""
+
+    calls: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("seen", torch.empty(0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        self.seen.resize_(4).copy_(x[0].detach())
+        return cast(Tensor, self.inner(x))
+
+
+def test_buffers_that_a_model_writes_to_are_left_as_found() -> None:
+    model = Counting()
+    buffers = dict(model.named_buffers())
+    nadhooks.learn(model, loader(), "inner.act", method=methods.contrastive(steps=3))
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert model.calls == 0
+    assert model.seen.shape == (0,)
+
+
+def test_half_precision_has_room_for_deviations() -> None:
+    """Squares of more than 255 have none in float16."""
+    model = net().float()
+    with torch.no_grad():
+        model.fc1.weight.mul_(2000)
+        model.fc2.weight.div_(2000)
+    data = [(x.half(), y) for x, y in loader()]
+    found = nadhooks.learn(model.half(), data, "act", method=methods.contrastive(steps=5))
+    assert float(found.constants["act"].max()) > 255
+
+
+def test_lists_of_images_of_several_sizes_are_padded_as_the_model_likes() -> None:
+    class Padding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 6, 3), nn.Linear(6, 3)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            most = max(len(x) for x in images)
+            padded = torch.stack([F.pad(x, (0, 0, 0, most - len(x))) for x in images])
+            return cast(Tensor, self.fc(self.conv(padded[:, None]).relu().mean((2, 3))))
+
+    random = torch.Generator().manual_seed(0)
+    heights = torch.randint(8, 20, (48,), generator=random).tolist()
+    images = [torch.rand(height, 7, generator=random, dtype=torch.float64) for height in heights]
+    labels = torch.arange(48) % 3
+    data = [(images[i : i + 16], labels[i : i + 16]) for i in range(0, 48, 16)]
+    model = seeded(Padding)
+    for method in (methods.contrastive(steps=4), methods.class_only(steps=4), methods.activation(), methods.nad()):
+        found = [nadhooks.learn(model, data, "conv", method=method, cache=cache) for cache in (0, 2**30)]
+        assert torch.equal(found[0]["conv"], found[1]["conv"])
+
+
+def test_images_of_bytes_give_what_the_same_numbers_give() -> None:
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.fc(self.conv(x.double() / 255).relu().mean((2, 3))))
+
+    images = torch.randint(0, 256, (48, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = torch.arange(48) % 3
+    method, model = methods.contrastive(steps=4), seeded(Scaling)
+    found, expected = (nadhooks.learn(model, [(x, labels)], "conv", method=method) for x in (images, images.double()))
+    assert torch.equal(found["conv"], expected["conv"])
+    assert set(found.wiring.edges) == {("input", "conv"), ("conv", "output")}
 
 
 def test_targets_go_with_their_samples_whatever_they_are() -> None:
@@ -503,6 +608,29 @@ def test_loaders_of_other_kinds_are_read_or_refused() -> None:
     for method in (methods.nad(epochs=1), "nad"):
         with pytest.raises(LearningError, match="got an iterator"):
             nadhooks.learn(net(), iter(data), "act", method=method)
+    x, y = data[0]
+    wrong_targets: list[tuple[Any, str]] = [
+        (
+            torch.zeros(39, 5),
+            r"of the 13 samples, .*got Tensor of shape \(39, 5\); yield \(inputs, labels\) alone",
+        ),
+        ([x, x], r"got list of 2 \(Tensor of shape \(13, 4\)\)"),
+        ({"size": [y, y]}, r"got dict of 'size': list of 2"),
+    ]
+    for targets, message in wrong_targets:
+        with pytest.raises(LearningError, match=message):
+            nadhooks.learn(net(), [(x, y, targets)], "act")
+    with pytest.raises(TaskError, match=r"expected 2 whole-number labels.*a tuple one for each argument of the model"):
+        nadhooks.learn(net(), [([x, x], y)], "act")
+    with pytest.raises(LearningError, match=r"expected samples of one shape in every batch, got \(4,\) and \(5,\)"):
+        nadhooks.learn(nn.Sequential(Sums(), net()), [(x, y), (F.pad(x, (0, 1)), y)], "1.act")
+
+
+class Sums(nn.Module):
+    """Takes any number of numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True).repeat(1, 4)
 
 
 def test_objectives_of_another_shape_are_refused() -> None:
@@ -567,6 +695,15 @@ def test_bad_options_are_named() -> None:
     assert torch.equal(found["act"], nadhooks.learn(model, data, "act", method=quick, seed=3)["act"])
     with pytest.raises(ModelError, match=r"expected a classifier that puts out \(batch, classes\)"):
         nadhooks.learn(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double(), data, "0")
+    with pytest.raises(ModelError, match="lazy modules, which have no weights yet; run it once"):
+        nadhooks.learn(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3)).double(), data, "0")
+    with pytest.raises(TaskError, match="outputs: expected for task 0 a list of the model's outputs, got 0"):
+        nadhooks.learn(model, data, "act", outputs={0: 0, 1: 1})  # type: ignore[dict-item]
+    beta = np.float32(0.25)  # a number that JSON does not know
+    assert nadhooks.learn(model, data, "act", method=methods.nad(beta=beta, epochs=1)).provenance["options"] == {
+        **methods.nad(epochs=1).described(),
+        "beta": 0.25,
+    }
 
 
 def test_binary_kl_is_exact_and_stable() -> None:

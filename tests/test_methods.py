@@ -714,6 +714,19 @@ def test_fidelity_is_the_divergence_on_samples_of_its_own() -> None:
     assert curve["divergence"][0] == [pytest.approx(float(expected), abs=1e-6)]
 
 
+@pytest.mark.parametrize("method", [methods.contrastive(steps=6), methods.class_only(steps=4)])
+def test_fidelity_of_a_task_does_not_depend_on_the_others(method: methods.Method) -> None:
+    paced = replace(method, pace=1.0)
+    together = learnt(paced, fidelity=0.3)
+    assert len(set(together.provenance["curve"]["keep"][-1])) > 1
+    for row, label in enumerate(together.labels):
+        alone = learnt(paced, fidelity=0.3, tasks=[label])
+        tried = [(share[row], far[row]) for share, far in zip(*together.provenance["curve"].values(), strict=True)]
+        mine = [(share[0], far[0]) for share, far in zip(*alone.provenance["curve"].values(), strict=True)]
+        assert set(mine) <= set(tried)
+        assert all(torch.equal(alone[site][0], together[site][row]) for site in alone.values)
+
+
 def test_fidelity_of_gates_for_each_sample() -> None:
     masks = learnt(methods.routing(images=4, steps=3), fidelity=0.5)
     assert set(masks.provenance["curve"]) == {"keep", "divergence"}

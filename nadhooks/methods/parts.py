@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,7 +148,8 @@ class Method:
     def described(self) -> dict[str, Any]:
         """Its options, as they are now, for the masks' provenance."""
         now = {name: getattr(self, name, None) for name in self.options}
-        return {name: value if value and now[name] is None else now[name] for name, value in self.options.items()}
+        told = {name: value if value and now[name] is None else now[name] for name, value in self.options.items()}
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in told.items()}
 
     def paced(self, share: float, closed: Closed = "optimal") -> Method:
         """With as many steps as so much to close takes, and images for them: none comes oftener than in fewer steps.
