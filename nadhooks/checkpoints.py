@@ -17,8 +17,8 @@ from .batching import digest, moved
 from .errors import LearningError
 from .formats.writing import check_writable, write_bytes
 
-KEY = "nadhooks-run"
-VERSION = 6
+KEY, DIGEST = "nadhooks-run", "nadhooks-digest"
+VERSION = 7
 
 Tables = Mapping[str, Mapping[str, Tensor]]  # what each is -> {site: values}
 
@@ -45,6 +45,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str] | None, every: float, run: Mapping[str, Any]):
+        if not (path is None or isinstance(path, (str, PathLike))):
+            raise LearningError(f"checkpoint: expected a path, got {path!r}")
         self.path = None if path is None else Path(path)
         self.file = None if path is None else Path(path).absolute()  # wherever the process goes meanwhile
         self.every, self.run = every, json.loads(json.dumps(run))
@@ -80,7 +82,8 @@ class Checkpoint:
                 self.refuse(": its data is other than here")
             device = next(x.device for table in tables.values() for x in table.values())
             return stand._replace(tables=moved(stand.tables, device))
-        self.phases.append(Stand(0, _copied(tables)))
+        if self.path is not None:
+            self.phases.append(Stand(0, _copied(tables)))
         return Stand(0, _copied(tables))
 
     def note(self, index: int, tables: Tables, samples: int = 0, keys: str = "") -> None:
@@ -110,7 +113,8 @@ class Checkpoint:
         about = {"version": VERSION, "run": self.run, "data": self.data, "tensors": list(tensors)}
         about |= {"steps": [stand.step for stand in self.phases], "keys": [stand.keys for stand in self.phases]}
         about["samples"] = [stand.samples for stand in self.phases]
-        told = {KEY: json.dumps(about, sort_keys=True)}
+        text = json.dumps(about, sort_keys=True)
+        told = {KEY: text, DIGEST: digest([text, *tensors.values()]).hex()}
         try:
             write_bytes(self.file, safetensors.torch.save(tensors, told))
         except OSError as error:
@@ -143,14 +147,18 @@ class Checkpoint:
     def _read(self, path: Path) -> list[Stand]:
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
-                told = json.loads((file.metadata() or {})[KEY])
+                metadata = file.metadata() or {}
+                told = json.loads(metadata[KEY])
                 self._check_run(told.get("version"), told["run"])  # before the rest, which versions differ in
                 self.found_data = told["data"]
                 stands = zip(told["steps"], told["samples"], told["keys"], strict=True)
                 phases = [Stand(step, {}, samples, keys) for step, samples, keys in stands]
-                for key in told.get("tensors", []):
-                    number, part, name = key.split("/", 2)
-                    phases[int(number)].tables.setdefault(part, {})[name] = file.get_tensor(key)
+                tensors = {key: file.get_tensor(key) for key in told["tensors"]}
+            if digest([metadata[KEY], *tensors.values()]).hex() != metadata[DIGEST]:
+                raise LearningError(f"the checkpoint {path} is damaged; delete it to begin anew")
+            for key, x in tensors.items():
+                number, part, name = key.split("/", 2)
+                phases[int(number)].tables.setdefault(part, {})[name] = x
         except LearningError:
             raise
         except Exception as error:  # of many kinds
@@ -161,15 +169,21 @@ class Checkpoint:
         differs = [name for name in {**self.run, **found} if found.get(name) != self.run.get(name)]
         if differs:
             name = differs[0]
-            self.refuse(f": its {name} is {_short(found.get(name))}, here {_short(self.run.get(name))}")
+            one, other = repr(found.get(name)), repr(self.run.get(name))
+            self.refuse(f": its {name} is {_short(one, other)}, here {_short(other, one)}")
         if version != VERSION:
-            self.refuse(f": its version is {_short(version)}, here {VERSION}")
+            self.refuse(f": its version is {version!r}, here {VERSION}")
 
 
 def _copied(tables: Tables) -> dict[str, dict[str, Tensor]]:
     return {part: dict(table) for part, table in tables.items()}
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+def _short(text: str, other: str) -> str:
+    """At most 80 characters of it, about where it begins to differ from the other."""
+    if len(text) <= 80:
+        return text
+    pairs = enumerate(zip(text, other, strict=False))
+    begin = max(0, next((place for place, (a, b) in pairs if a != b), 0) - 40)
+    end = begin + 78
+    return "…" * (begin > 0) + text[begin:end] + "…" * (end < len(text))

@@ -6,11 +6,14 @@ import math
 import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from numbers import Real
 from os import PathLike
+from types import CellType, FunctionType
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -205,12 +208,31 @@ def _kept(data: Data) -> Data:
 
 
 def _described(method: Method) -> dict[str, str]:
-    """What decides how a method learns, its callables by their names."""
+    """What decides how a method learns, its callables by their names and what they were made with."""
     parts = {each.name: getattr(method, each.name) for each in fields(method)}
-    return {
-        name: getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
-        for name, value in parts.items()
-    }
+    return {name: _told(tuple(x.items()) if isinstance(x, Mapping) else x) for name, x in parts.items()}
+
+
+def _told(value: Any, depth: int = 4) -> str:
+    """The same in another process: numbers and strings as they are, in closures, partials and dataclasses too.
+
+    Not in lists and dictionaries, which a run may fill.
+    """
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    made_with: tuple[Any, ...] = ()
+    if value is None or isinstance(value, (str, bool, int, float, np.generic, torch.dtype)):
+        return repr(value)
+    if isinstance(value, tuple):
+        name, made_with = "", value
+    elif isinstance(value, partial):
+        made_with = (value.func, *value.args, *value.keywords.items())
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        made_with = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items())
+    elif is_dataclass(value) and not isinstance(value, type):
+        made_with = tuple(getattr(value, each.name) for each in fields(value))
+    told = ", ".join(_told(each, depth - 1) for each in made_with) if depth else ""
+    return f"{name}({told})" if told else name
 
 
 def _costs(budget: Budget, forward: Forward, sample: Any) -> dict[str, float]:

@@ -75,13 +75,15 @@ def csv_log(path: str | PathLike[str]) -> Report:
 
     A file that is there already is gone on with. Raises LearningError where it cannot be written.
     """
-    file = Path(path)
+    file = Path(path).absolute()  # wherever the process goes meanwhile
     try:
         with file.open("a", newline="", encoding="utf-8") as opened:
             if opened.tell() == 0:
                 csv.writer(opened, lineterminator="\n").writerow(["step", "measure", "value"])
+            elif not file.read_bytes().endswith(b"\n"):  # a run that was killed while it wrote
+                opened.write("\n")
     except OSError as error:
-        raise LearningError(f"cannot write the log {file}: {error.strerror}") from error
+        raise LearningError(f"cannot write the log {path}: {error.strerror}") from error
 
     def report(progress: Progress) -> None:
         with file.open("a", newline="", encoding="utf-8") as opened:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import nadhooks
-from nadhooks import methods
+from nadhooks import methods, objectives
 from nadhooks.checkpoints import KEY, Checkpoint
 from nadhooks.errors import LearningError
 from nadhooks.progress import Progress
@@ -160,6 +161,8 @@ OTHER: list[tuple[str, dict[str, Any]]] = [
     ("method", {"method": "class-only"}),
     ("options", {"method": methods.contrastive(steps=8, momentum=0.5)}),
     ("method's estimator", {"method": replace(METHOD, estimator=methods.hard_concrete())}),
+    ("method's estimator", {"method": replace(METHOD, estimator=methods.perturbed_topk(3.0))}),
+    ("method's update", {"method": replace(METHOD, update=methods.averaged(methods.momentum_step(0.1), 0.65, 0.9))}),
     ("options", {"method": replace(METHOD, steps=20)}),
     ("keep", {"keep": 0.3}),
     ("sites", {"sites": "act2"}),
@@ -183,6 +186,21 @@ def test_the_checkpoint_of_another_run_is_refused_and_left_alone(
     with pytest.raises(LearningError, match=rf"is the checkpoint of another run: its {what} is .*, here .*; delete"):
         learn(path, **other)
     assert path.read_bytes() == left
+
+
+def test_an_objective_with_another_weight_is_another_run(tmp_path: Path) -> None:
+    def weighed(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table, weight: float
+    ) -> Tensor:
+        far = weight * objectives.binary_kl(student.outputs, teacher.outputs, samples.classes)
+        return objectives.per_task(far, samples.rows, len(gates["act1"]))
+
+    quick = replace(METHOD, closed="mean")
+    left = stopped(tmp_path / "run", method=replace(quick, objective=partial(weighed, weight=1.0)))
+    with pytest.raises(LearningError, match=r"another run: its method's objective is .*1\.0.*, here .*50\.0"):
+        learn(tmp_path / "run", method=replace(quick, objective=partial(weighed, weight=50.0)))
+    assert (tmp_path / "run").read_bytes() == left
+    learn(tmp_path / "run", method=replace(quick, objective=partial(weighed, weight=1.0)))
 
 
 def changed(data: list[tuple[Tensor, Tensor]], how: str) -> list[tuple[Tensor, Tensor]]:
@@ -210,6 +228,38 @@ def test_a_checkpoint_of_other_data_is_refused(method: methods.Method, how: str,
     assert path.read_bytes() == left
     resumed = nadhooks.learn(fair_line(), loader(), "act1", **options)
     assert torch.equal(resumed["act1"], learn(None, method=method, tasks=[0, 1, 2])["act1"])
+
+
+def test_a_checkpoint_of_more_data_is_refused(tmp_path: Path) -> None:
+    path, options = tmp_path / "run", {"method": methods.nad(epochs=4, batch=4), "tasks": [0, 1, 2], "every": 0.0}
+    left = stopped(path, after=12, method=options["method"], tasks=[0, 1, 2])
+    with pytest.raises(LearningError, match="another run: its loader showed more samples"):
+        nadhooks.learn(fair_line(), loader()[:1], "act1", checkpoint=path, **options)  # type: ignore[arg-type]
+    assert path.read_bytes() == left
+
+
+@pytest.mark.parametrize("what", ["a value", "a step"])
+def test_a_damaged_checkpoint_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    content = stopped(path)
+    if what == "a value":
+        content = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    else:
+        assert content.count(b'steps\\": [5]') == 1
+        content = content.replace(b'steps\\": [5]', b'steps\\": [4]')
+    path.write_bytes(content)
+    with pytest.raises(LearningError, match="run is damaged; delete it to begin anew"):
+        learn(path)
+    assert path.read_bytes() == content
+
+
+def test_a_run_without_a_checkpoint_keeps_nothing_of_its_phases() -> None:
+    checkpoint = Checkpoint(None, 60.0, RUN)
+    checkpoint.begin({"scores": table(1.0)})
+    checkpoint.note(3, {"scores": table(2.0)})
+    assert checkpoint.phases == []
+    with pytest.raises(LearningError, match="checkpoint: expected a path, got 5"):
+        learn(5)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path) -> None:

@@ -221,6 +221,19 @@ def test_rows_are_added_to_a_table(tmp_path: Path) -> None:
     assert {"loss", "samples", "kept", "seconds_left", "held-out recall"} <= {row[1] for row in found}
 
 
+def test_a_table_stays_where_it_was_begun_and_goes_on_behind_half_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.csv").write_text("step,measure,value\n7,lo", encoding="utf-8")
+    report = csv_log("run.csv")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    report(Progress(8, 9, 0.5, 3))
+    rows = (tmp_path / "run.csv").read_text(encoding="utf-8").splitlines()
+    assert rows == ["step,measure,value", "7,lo", "8,loss,0.5", "8,samples,3", "8,kept,1"]
+
+
 def test_terms_of_any_name_can_be_logged(tmp_path: Path) -> None:
     csv_log(tmp_path / "run.csv")(Progress(1, 2, 0.5, terms={'größe, "x"': 0.5}))
     with (tmp_path / "run.csv").open(newline="", encoding="utf-8") as file:
