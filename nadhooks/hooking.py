@@ -64,6 +64,11 @@ class WithinHook:
         if use is not None:
             use.__exit__(None, None, None)
 
+    def remove(self) -> None:
+        """Ends what still watches: after Ctrl-C torch calls no hooks, `always_call` or not."""
+        while self.running:
+            self.leave(self.layer, (), None)
+
     def around(self, name: str, x: Tensor, apply: Apply) -> Tensor:
         if self.site.side == "input":
             changed = self.change(x)
@@ -98,7 +103,8 @@ def on_site(model: nn.Module, site: Site, change: Change, active: Callable[[], b
         caller = model.get_submodule(site.within)
         within = WithinHook(site, change, active, module)
         entering = caller.register_forward_pre_hook(within.enter)
-        return Handle(entering, caller.register_forward_hook(within.leave, prepend=True, always_call=True))
+        leaving = caller.register_forward_hook(within.leave, prepend=True, always_call=True)
+        return Handle(entering, leaving, within)
     hook = SiteHook(site, change)
     if site.side == "input":
         return Handle(module.register_forward_pre_hook(hook, with_kwargs=True))

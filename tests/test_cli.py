@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -401,6 +402,37 @@ def test_the_demo_leaves_masks_pictures_and_a_matrix(
     assert run("demo", "--device", "cpu") == 0  # the trained network is kept: the same masks, the same pictures
     assert nadhooks.load("demo/masks.safetensors") == masks
     assert [Path(f"demo/flow-{d}.svg").read_bytes() for d in range(10)] == pictures
+
+
+def test_masks_that_cannot_be_written_in_the_end_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "out").mkdir()
+
+    def learn(*arguments: object, **options: object) -> Masks:
+        masks = nadhooks.learn(*arguments, **options)  # type: ignore[arg-type]
+        (tmp_path / "out").rmdir()
+        return masks
+
+    monkeypatch.setattr(cli.learning, "learn", learn)
+    assert run(*LEARN, *FAST, "--method", "random", "-o", "out/m.safetensors") == 1
+    found = re.search(r"cannot write .*out.*; the masks are in (\S+)\n", capsys.readouterr().err)
+    assert found
+    assert len(nadhooks.load(found[1])) == 2
+
+
+def test_names_are_shown_as_they_are_whatever_is_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = Tasks.of({0: "[/b] cat", 1: ":dog:", 2: "[red]" + "x" * 150})
+    Masks(THREE.sites, THREE.values, odd, THREE.wiring).save("odd.safetensors")
+    Masks(THREE.sites, THREE.values, Tasks.of({0: "[/b]", 1: "a", 2: "b"}), THREE.wiring).save("other.safetensors")
+    assert run("inspect", "odd.safetensors") == run("diff", "odd.safetensors", "other.safetensors") == 0
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if re.match(r"\[/b\] cat |:dog: |\[red\]x+… ", line)]
+    assert len(rows) == 2 * 3  # of both commands
+    assert all(re.search(r" \d+% ", row) for row in rows)  # what it keeps
+    run("inspect", "--json", "odd.safetensors")
+    assert [task["name"] for task in json.loads(capsys.readouterr().out)["tasks"]] == list(odd.names)
 
 
 def test_results_of_classes_with_odd_names_are_files_and_columns_of_their_own(tmp_path: Path) -> None:

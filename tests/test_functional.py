@@ -100,6 +100,19 @@ def test_a_failing_forward_leaves_functions_as_they_were() -> None:
         assert torch.overrides._get_current_function_mode() is None
 
 
+def test_an_interrupted_forward_leaves_nothing_behind_once_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(Inner)
+
+    def interrupt(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with nadhooks.attach(model, "part.fc*", example=vectors()) as gates:
+        monkeypatch.setattr(torch.Tensor, "relu", interrupt)
+        with gates.apply({"part.fc1": torch.zeros(6)}), pytest.raises(KeyboardInterrupt):
+            model(vectors())
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
 def test_gated_functional_layers_copy_and_pickle() -> None:
     model = seeded(Inner)
     nadhooks.attach(model, sites.channels(), example=vectors())

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NadhooksError, OSError, ImportError) as error:
         if options.debug:
             raise
-        err.print(f"nadhooks: error: {as_options(one_line(error))}", markup=False, soft_wrap=True)
+        err.print(f"nadhooks: error: {as_options(one_line(error))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         err.print("nadhooks: stopped")

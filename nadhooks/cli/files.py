@@ -113,7 +113,7 @@ def _render(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     masks = load(options.masks)
     if options.json:
-        out.print(json.dumps(_described(masks), indent=1, ensure_ascii=False), markup=False, soft_wrap=True)
+        out.print(json.dumps(_described(masks), indent=1, ensure_ascii=False), soft_wrap=True)
         return
     say(repr(masks))
     for key, value in masks.provenance.items():

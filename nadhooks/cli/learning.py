@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +119,7 @@ def _demo(options: argparse.Namespace) -> None:
         written = _run_demo(options, device)
     finally:
         torch.set_num_threads(threads)
-    out.print(f"\n{len(written)} files in {options.out}/, in {time.monotonic() - begun:.0f} s:", markup=False)
+    out.print(f"\n{len(written)} files in {options.out}/, in {time.monotonic() - begun:.0f} s:")
     for path in (written[0], *written[-3:], written[1]):
         say(f"  {path}")
     say(f"  … and one picture for each class. Next: nadhooks inspect {written[0]}")
@@ -169,12 +171,23 @@ def _learn(options: argparse.Namespace) -> None:
     if isinstance(settings["start"], Masks):
         start = {"file": options.start, **masks.provenance["start"]}
         masks = masks.replaced(provenance={**masks.provenance, "start": start})
-    masks.save(options.out)
+    _save(masks, options.out)
     if test is not None:
         figures = _show_recognition(model, masks, DataLoader(test.dataset, **loading), options.seed)
         masks = _measured(masks, figures, options.data, len(test.dataset))  # type: ignore[arg-type]
         masks.save(options.out)
     say(f"{masks!r}\nwritten to {options.out}")
+
+
+def _save(masks: Masks, path: Path) -> None:
+    """There, or what took long to learn would be lost, among the system's temporary files."""
+    try:
+        masks.save(path)
+    except MaskFileError as error:
+        handle, elsewhere = tempfile.mkstemp(prefix="nadhooks-", suffix=".safetensors")
+        os.close(handle)
+        masks.save(elsewhere)
+        raise DataError(f"{error}; the masks are in {elsewhere}") from error
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -19,13 +19,16 @@ from ..masks import Masks
 OPTIONS = "axis|cache|checkpoint|closed|fidelity|keep|method|sites|start|tasks|weights"  # named alike in Python
 Update = Callable[..., None]  # (done, total, figures to show beside)
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
-err = Console(stderr=True, highlight=False)
+AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may have brackets and colons
+LONGEST = 72  # of the names that rows are about
+
+out = Console(**AS_IT_IS, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
+err = Console(**AS_IT_IS, stderr=True, force_terminal=sys.stderr.isatty())  # a bar is of no use in a file
 
 
 def say(text: str) -> None:
-    """A line as it is: names in brackets are no markup, and paths are not broken."""
-    out.print(text, markup=False, soft_wrap=True)
+    """A line as it is: paths are not broken."""
+    out.print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -52,8 +55,9 @@ def table(*headings: str) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
         side: Literal["left", "right"] = "right" if heading.endswith(" >") else "left"
-        # the names that rows are about stay whole, and what else is long folds
-        made.add_column(heading.removesuffix(" >"), justify=side, overflow="fold", no_wrap=index == 0)
+        # the names that rows are about stay on a line, and what else is long folds
+        form: dict[str, Any] = {"overflow": "fold"} if index else {"no_wrap": True, "max_width": LONGEST}
+        made.add_column(heading.removesuffix(" >"), justify=side, **form)
     return made
 
 
