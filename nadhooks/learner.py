@@ -24,7 +24,18 @@ from .masks import Masks, check_same_sites
 from .methods import Method, Samples, Step, Table, method_of
 from .methods.parts import Parted, whole
 from .progress import Clock, Progress, Report
-from .sampling import SAMPLES_PER_PASS, Batch, Data, Pool, balanced_batches, each_batches, generator, has, own_batches
+from .sampling import (
+    SAMPLES_PER_PASS,
+    Batch,
+    Data,
+    Pool,
+    balanced_batches,
+    each_batches,
+    generator,
+    has,
+    own_batches,
+    seed_loaders,
+)
 from .tasks import Label, Tasks
 from .teaching import Teacher
 
@@ -207,7 +218,7 @@ class Learner:
         method, data, labels = self.method, self.data, self.tasks.labels
         self.told_at, self.samples, self.clock = 0, 0, Clock()
         if method.sampling == "own":
-            torch.manual_seed(self.seed)  # for a loader that shuffles: in one order, whatever was read before
+            seed_loaders(self.seed, self.teacher.forward.device)  # in one order, whatever was read before
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)
         assert self.pool is not None  # `read` made it
         if method.sampling == "each":

@@ -31,7 +31,7 @@ from .learner import SEVERAL, Learner
 from .masks import Masks
 from .methods import Method, Objective, method_of
 from .progress import Report, every_report
-from .sampling import Data, peek, read
+from .sampling import Data, peek, read, seed_loaders
 from .sites import Axis, Site, Sites
 from .tasks import Label, Tasks, TaskSpec
 from .teaching import Forward, Teacher
@@ -114,9 +114,9 @@ def learn(
     check_closed(closed, get_args(Closed) if method.closing else ("zero", "mean"))
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)  # for a loader that shuffles; `frozen` puts the user's random state back
-        sample, loader = peek(loader)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        seed_loaders(seed, device)  # `frozen` puts the user's random state back
+        sample, loader = peek(loader)
         sample = moved(sample, device)
         with attach(model, sites, example=sample if example is None else example, axis=axis) as gates:
             number = None if method.output == "any" else _classes(model, sample)

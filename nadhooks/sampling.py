@@ -164,6 +164,14 @@ def peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
 
 
+def seed_loaders(seed: int, device: torch.device) -> None:
+    """For loaders that shuffle, and images that change on the model's device; others' random state is not ours."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def generator(seed: int, *what: object) -> torch.Generator:
     """Randomness of one task, whatever other tasks there are and in whatever order."""
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, (seed, *what))).encode()))

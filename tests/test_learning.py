@@ -266,6 +266,19 @@ def test_learning_leaves_the_model_and_the_random_state_as_found() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("method", [methods.nad(epochs=1), methods.contrastive(steps=2)])
+def test_learning_on_the_cpu_leaves_other_devices_alone(
+    method: methods.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a seed for CUDA")
+
+    model, data = net(), loader()
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    nadhooks.learn(model, data, "act", method=method)
+
+
 def test_learning_works_beside_the_users_own_gates() -> None:
     model, data = net(), loader()
     alone = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5))
