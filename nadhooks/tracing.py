@@ -291,7 +291,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     observers of ranges go on in eval mode.
     """
     found = [(module, module.training, _attributes(module)) for module in model.modules()]
-    buffers = [(module, name, x, _state(x)) for module in model.modules() for name, x in module._buffers.items()]
+    buffers = [(module, {name: (x, _state(x)) for name, x in module._buffers.items()}) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
@@ -299,10 +299,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
     finally:
-        for module, name, buffer, state in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and state is not None:
-                _restore(buffer, *state)
+        for module, known in buffers:
+            module._buffers.clear()
+            for name, (buffer, state) in known.items():
+                module._buffers[name] = buffer
+                if buffer is not None and state is not None:
+                    _restore(buffer, *state)
         for module, training, attributes in found:
             module.training = training
             for name in set(_attributes(module)) - set(attributes):

@@ -199,8 +199,10 @@ def _by_perturbation(
 
     def noisy(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
+            if not numbered:
+                return tensor
             order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-            return tensor.flatten()[order].view(tensor.shape) if numbered else tensor
+            return tensor.flatten()[order].view(tensor.shape)
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         return tensor + noise * (tensor.std(correction=0) + FLAT)
 
