@@ -86,7 +86,8 @@ def learn(
         `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is measured on it
         (otherwise on every fifth sample of the loader).
     seed: decides initial scores and draws, for each task alone: the order of tasks changes nothing.
-    autocast: a dtype to compute in, torch.bfloat16 where the hardware is fast in it. Scores stay as they are.
+    autocast: a dtype to compute in, torch.bfloat16 where the hardware is fast in it. Scores stay as they are. A
+        `torch.autocast` around the call has no say.
     cache: bytes for the open network's answers, which are the same whenever an image comes again.
     checkpoint: a file that says every `every` seconds how far the run is. The same call goes on where it stopped, with
         the same masks in the end (on the CPU, to the last bit); the file goes when the run is over. A loader that shows
@@ -101,6 +102,10 @@ def learn(
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ModelError("the model has lazy modules, which have no weights yet; run it once on an input, then learn")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            "the model is on the meta device, where there are no values to learn from; load it, then learn"
+        )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError("the model's weights were made under torch.inference_mode(); make it, or copy it, outside")
     reports = every_report(progress)
@@ -113,8 +118,9 @@ def learn(
     closed = method.closed if closed is None else closed
     check_closed(closed, get_args(Closed) if method.closing else ("zero", "mean"))
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
-    with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    own = torch.autocast(device.type, enabled=False)  # the user's would be in force in some passes only
+    with frozen(model), torch.inference_mode(False), torch.enable_grad(), own:
         seed_loaders(seed, device)  # `frozen` puts the user's random state back
         sample, loader = peek(loader)
         sample = moved(sample, device)

@@ -599,6 +599,19 @@ def test_masks_do_not_depend_on_the_default_dtype() -> None:
     assert first == last
 
 
+def test_autocast_around_it_changes_nothing() -> None:
+    def learn() -> nadhooks.Masks:
+        data = [(x.float(), y) for x, y in loader()]
+        return nadhooks.learn(net().float(), data, "act", method=methods.contrastive(steps=5), held_out=data)
+
+    expected = learn()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = learn()
+    assert torch.equal(found["act"], expected["act"])
+    assert torch.equal(found.constants["act"], expected.constants["act"])
+    assert all(torch.equal(found.quality[name], figures) for name, figures in expected.quality.items())
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_learning_works_where_gradients_are_off(mode: Any) -> None:
     model, data = net(), loader()
@@ -711,6 +724,8 @@ def test_bad_options_are_named() -> None:
         nadhooks.learn(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double(), data, "0")
     with pytest.raises(ModelError, match="lazy modules, which have no weights yet; run it once"):
         nadhooks.learn(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3)).double(), data, "0")
+    with torch.device("meta"), pytest.raises(ModelError, match="on the meta device, where there are no values"):
+        nadhooks.learn(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), data, "0")
     with pytest.raises(TaskError, match="outputs: expected for task 0 a list of the model's outputs, got 0"):
         nadhooks.learn(model, data, "act", outputs={0: 0, 1: 1})  # type: ignore[dict-item]
     beta = np.float32(0.25)  # a number that JSON does not know
