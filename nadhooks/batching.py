@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import LearningError
-
 CACHED = 2**17  # numbers: three such tensors fit the second level of most processors
 
 
@@ -66,16 +64,13 @@ def pick(inputs: Any, places: Tensor) -> Any:
 
 
 def join(batches: Sequence[Any]) -> Any:
-    """Batches of one form, one after the other."""
+    """Batches of one form, one after the other. Raises ValueError for samples of several shapes."""
     first = batches[0]
     if isinstance(first, Tensor):
         shapes = {batch.shape[1:] for batch in batches}
         if len(shapes) > 1:
             one, other = sorted(map(tuple, shapes))[:2]
-            raise LearningError(
-                f"expected samples of one shape in every batch, got {one} and {other}; bring them to one, or yield "
-                "images of several sizes as lists with an entry for each sample"
-            )
+            raise ValueError(f"expected samples of one shape in every batch, got {one} and {other}")
         return torch.cat(list(batches)) if first.dim() else first
     if isinstance(first, list):
         return [sample for batch in batches for sample in batch]

@@ -136,6 +136,14 @@ def _targets(given: Any, samples: int) -> Any:
     return targets
 
 
+def _joined(batches: Sequence[Any]) -> Any:
+    try:
+        return join(batches)
+    except ValueError as error:
+        way_out = "bring them to one, or yield images of several sizes as lists with an entry for each sample"
+        raise LearningError(f"{error}; {way_out}") from error
+
+
 def _length(loader: Iterable[Any]) -> int:
     """Batches of a loader, 0 where it does not know."""
     try:
@@ -228,11 +236,11 @@ def _own_batch(
         taken += waiting[row][:number]
         rows += [row] * len(waiting[row][:number])
         del waiting[row][:number]
-    inputs = join([sample for sample, _ in taken])
+    inputs = _joined([sample for sample, _ in taken])
     keys = [digest(sample) for sample, _ in taken]
     task_of = torch.tensor(rows)
     positive = torch.ones_like(task_of, dtype=torch.bool)
-    samples = Samples(task_of, torch.stack(list(classes))[task_of], positive, join([target for _, target in taken]))
+    samples = Samples(task_of, torch.stack(list(classes))[task_of], positive, _joined([target for _, target in taken]))
     return Batch(inputs, keys, samples, done - (done == total and any(waiting)), total)  # total is for the last
 
 
@@ -279,7 +287,7 @@ class Pool:
         if not parts:
             raise LearningError("the loader shows no sample of any label")
         order = torch.tensor(first).argsort(stable=True)
-        inputs, labels, targets = (pick(join(part), order) for part in zip(*parts, strict=True))
+        inputs, labels, targets = (pick(_joined(part), order) for part in zip(*parts, strict=True))
         return cls(inputs, labels, targets)
 
     def __len__(self) -> int:
