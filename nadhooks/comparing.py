@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .as_found import undisturbed
 from .nesting import leaves_of
-from .tracing import call_model, undisturbed
+from .tracing import call_model
 
 # What sums in another order may change, as a share of a tensor's largest value; a wrong fold changes far more.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}

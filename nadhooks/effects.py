@@ -12,13 +12,14 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from .as_found import frozen
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
 from .gating import Closed, by_unit, gate, unit_sums
 from .masks import Masks
 from .segments import Cut, Gated, Score, replaying
 from .sites import Site
-from .tracing import frozen, logits_of
+from .tracing import logits_of
 from .wiring import INPUT, OUTPUT
 
 Weighting = Literal["class", "pooled"]

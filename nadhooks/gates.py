@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import zoo
 from ._version import __version__
 from .acting import Passing, SiteGate, forget_compiled, known_open
+from .as_found import undisturbed
 from .batching import copied, moved
 from .errors import LearningError, NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
@@ -23,7 +24,7 @@ from .identity import structure_of, unlike, without_wrappers
 from .masks import Masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
-from .tracing import Trace, call_model, parameters_behind, trace, undisturbed
+from .tracing import Trace, call_model, parameters_behind, trace
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 

@@ -296,15 +296,14 @@ class Learner:
         scores = next(iter(initial.values()))
         keep = None if selection is None else selection.shares().expand(len(labels)).to(scores)
         shapes = {site: tuple(score.shape) for site, score in initial.items()}
-        through, number = hashlib.blake2b(digest_size=16), 0
+        through, index = hashlib.blake2b(digest_size=16), -1
         for index, batch in enumerate(batches):
-            number = index + 1
             self.samples += len(batch.keys)
             through.update(repr(batch.keys).encode())
             if method.sampling == "own" and batch.done * method.epochs > 2 * batch.total > 0:  # two epochs are over
                 self.teacher.forget_unused()
             if index < begun:  # done before the run was stopped; what the open network remembered belongs to it
-                if number == begun and through.hexdigest() != keys:
+                if index + 1 == begun and through.hexdigest() != keys:
                     self.checkpoint.refuse(": its loader showed other samples")
                 self.teacher.remember(batch.inputs, batch.keys)
                 continue
@@ -330,12 +329,12 @@ class Learner:
                 for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):
                     if update:
                         update(part, Parted(gradient, part), step, state)
-            self.checkpoint.note(number, tables, self.samples, through.hexdigest())
+            self.checkpoint.note(index + 1, tables, self.samples, through.hexdigest())
             if self.reports:
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next
                     held_out = self.told(batch, labels, learnt, selection)
                     self.report(batch, losses, terms, table, held_out)
-        if number < begun:
+        if index + 1 < begun:
             self.checkpoint.refuse(": its loader showed more samples")
         self.checkpoint.note(-1, learnt._asdict(), self.samples)
         return learnt

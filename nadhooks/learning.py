@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+from .as_found import frozen
 from .batching import copied, digest, moved
 from .budgets import Budget, Selection
 from .checkpoints import Checkpoint
@@ -35,7 +36,7 @@ from .sampling import Data, peek, read, seed_loaders
 from .sites import Axis, Site, Sites
 from .tasks import Label, Tasks, TaskSpec
 from .teaching import Forward, Teacher
-from .tracing import call_model, frozen, logits_of
+from .tracing import call_model, logits_of
 
 CACHE_BYTES = 2 * 2**30
 
@@ -132,10 +133,10 @@ def learn(
             selection = None
             if budget is not None:
                 selection = Selection(budget, gates.sites, _costs(budget, forward, sample), method.floor)
-            if selection is not None and fidelity is None:
-                method = method.paced(float(selection.shares().min()), closed)
             if fidelity is not None:  # as many images as its longest runs but those for very little want
                 method = replace(method, images=method.paced(SEVERAL, closed).images)
+            elif selection is not None:
+                method = method.paced(float(selection.shares().min()), closed)
             once = method.sampling == "own" and method.epochs == 1  # then no sample comes again to be looked up
             kept = None if held_out is None else _kept(Data(held_out, number, device, outputs))
             learner = Learner(

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .as_found import undisturbed
 from .errors import DataError, NadhooksError, SiteError
 from .hooking import on_site
 from .sites import Site
-from .tracing import undisturbed
 
 MASS = 0.8  # share of the squared gradient that a crop holds
 PREFIX = 8  # tokens before those of the patches: class, distillation, registers

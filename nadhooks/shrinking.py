@@ -25,12 +25,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from . import zoo
+from .as_found import undisturbed
 from .comparing import close, difference, largest, outputs, varied
 from .errors import ModelError, NadhooksError
 from .gated import Gated
 from .hookable import bare_copy, check_model
 from .layers import own, put
-from .tracing import call_model, has_weights, layer_axis, undisturbed
+from .tracing import call_model, has_weights, layer_axis
 
 # Elementwise functions that are silent for some inputs only: with these passing everything, what is silent is dead.
 SILENCING = {

@@ -5,11 +5,10 @@ Decided from what happens, never from a model's name. The one table here maps la
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .as_found import undisturbed
 from .batching import copied
 from .errors import ModelError
 from .functional import Apply, WeightUse
@@ -283,71 +282,6 @@ def _run(model: nn.Module, example: Any) -> Trace:
     return Trace(model, calls)
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; flags, the random state, buffers and what modules keep in attributes as found afterwards.
-
-    Attention layers may cache biases in eval mode and clear them on `train()`, which is not called here; counters and
-    observers of ranges go on in eval mode.
-    """
-    found = [(module, module.training, _attributes(module)) for module in model.modules()]
-    buffers = [(module, {name: (x, _state(x)) for name, x in module._buffers.items()}) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            for module, _, _ in found:
-                module.training = False
-            yield
-    finally:
-        for module, known in buffers:
-            module._buffers.clear()
-            for name, (buffer, state) in known.items():
-                module._buffers[name] = buffer
-                if buffer is not None and state is not None:
-                    _restore(buffer, *state)
-        for module, training, attributes in found:
-            module.training = training
-            for name in set(_attributes(module)) - set(attributes):
-                del vars(module)[name]
-            for name, (value, contents) in attributes.items():
-                if type(value) is list:
-                    value[:] = contents
-                elif type(value) is dict:
-                    value.clear()
-                    value.update(contents)
-                vars(module)[name] = value
-
-
-def _state(buffer: Tensor | None) -> tuple[Tensor, int | None] | None:
-    """A buffer's values and how often it has been written to, which inference tensors do not count."""
-    if buffer is None or buffer.is_meta or is_lazy(buffer):
-        return None
-    return buffer.detach().clone(), None if buffer.is_inference() else buffer._version
-
-
-def _restore(buffer: Tensor, values: Tensor, version: int | None) -> None:
-    if version is not None and buffer._version == version:
-        return
-    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-        if buffer.shape != values.shape:  # an observer that saw nothing before is empty
-            buffer.resize_(values.shape)
-        buffer.copy_(values)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for weights inside; flags and the random state as found afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        with undisturbed(model):
-            yield
-    finally:
-        for parameter, required in flags:
-            parameter.requires_grad_(required)
-
-
 def logits_of(outputs: Any) -> Tensor:
     """(batch, classes) of whatever a classifier returns: a tensor, or a tuple that begins with it."""
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
@@ -355,18 +289,6 @@ def logits_of(outputs: Any) -> Tensor:
         got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
         raise ModelError(f"expected a classifier that puts out (batch, classes), got {got}")
     return first
-
-
-OF_EVERY_MODULE = set(vars(nn.Module()))
-
-
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's own attributes: {name: (value, a copy of it if it is a list or a dict)}."""
-    return {
-        name: (value, copy.copy(value) if type(value) in (list, dict) else None)
-        for name, value in vars(module).items()
-        if name not in OF_EVERY_MODULE
-    }
 
 
 def has_weights(module: nn.Module) -> bool:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .as_found import undisturbed
 from .errors import ModelError
 from .hooking import on_site, running
 from .joins import Joined, joined
 from .nesting import leaves_of
 from .sites import Site
-from .tracing import call_model, undisturbed
+from .tracing import call_model
 
 INPUT, OUTPUT = "input", "output"
 # In the names of autograd nodes. What a detector keeps of one image is no evidence of how it is wired.

@@ -11,6 +11,7 @@ FLOORS = [
         "errors",
         "_version",
         "nesting",
+        "as_found",
         "batching",
         "functional",
         "joins",

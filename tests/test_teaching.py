@@ -22,7 +22,7 @@ LARGE = 2**30
 def teaching(
     model: nn.Module, sites: Any, example: Any, capacity: int = LARGE, compares: bool = True, read: Any = None
 ) -> Iterator[Teacher]:
-    with nadhooks.tracing.frozen(model), nadhooks.attach(model, sites, example=example) as gates:
+    with nadhooks.as_found.frozen(model), nadhooks.attach(model, sites, example=example) as gates:
         forward = Forward(gates, torch.device("cpu"), read or (lambda outputs: outputs))
         forward.settle(example)
         yield Teacher(forward, capacity, compares)

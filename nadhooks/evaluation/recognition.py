@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
+from ..as_found import frozen
 from ..batching import copied, moved
 from ..errors import DataError, TaskError
 from ..gates import Gates
@@ -17,7 +18,7 @@ from ..masks import Masks
 from ..objectives import Output
 from ..sampling import Data, has, read
 from ..tasks import Label
-from ..tracing import call_model, frozen, logits_of
+from ..tracing import call_model, logits_of
 
 MEASURES = ("recall", "fpr", "auc", "fpr95")
 

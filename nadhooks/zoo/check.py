@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites, zoo
+from ..as_found import undisturbed
 from ..errors import NadhooksError, SiteError
 from ..gates import Gates, attach
 from ..gating import unit_sums
 from ..nesting import leaves_of
 from ..sites import Site
-from ..tracing import call_model, doubled, has_weights, undisturbed
+from ..tracing import call_model, doubled, has_weights
 from ..wiring import INPUT, OUTPUT, flowing, perturb
 
 GRANULARITIES = {
