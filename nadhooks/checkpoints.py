@@ -41,7 +41,8 @@ class Checkpoint:
     path: a safetensors file, None for nowhere. every: seconds between writings. run: what must be the same for the run
     to go on.
 
-    Raises LearningError for a file that is no checkpoint or that of another run.
+    Raises LearningError for a file that is no checkpoint or that of another run, and where another run, a second of the
+    same call too, writes to it meanwhile.
     """
 
     def __init__(self, path: str | PathLike[str] | None, every: float, run: Mapping[str, Any]):
@@ -51,6 +52,7 @@ class Checkpoint:
         self.file = None if path is None else Path(path).absolute()  # wherever the process goes meanwhile
         self.every, self.run = every, json.loads(json.dumps(run))
         self.data = self.found_data = ""  # what the run learns from, here and in the file
+        self.mine: str | None = None  # the digest of the file as this run found or left it
         self.phases: list[Stand] = []
         self.phase = -1
         self.written = time.monotonic()
@@ -103,6 +105,10 @@ class Checkpoint:
     def write(self) -> None:
         if self.file is None or not self.phases:
             return
+        if self._there() not in (None, self.mine):
+            raise LearningError(
+                f"the checkpoint {self.path} was written by another run meanwhile; name another file for one of them"
+            )
         tensors = {
             f"{number}/{part}/{name}": x.detach().cpu().contiguous()
             for number, stand in enumerate(self.phases)
@@ -119,7 +125,7 @@ class Checkpoint:
             write_bytes(self.file, safetensors.torch.save(tensors, told))
         except OSError as error:
             raise LearningError(f"cannot write the checkpoint {self.path}: {error.strerror}") from error
-        self.written = time.monotonic()
+        self.mine, self.written = told[DIGEST], time.monotonic()
 
     def described(self) -> str:
         """What there is to go on from, after a failure."""
@@ -128,8 +134,19 @@ class Checkpoint:
 
     def remove(self) -> None:
         """When the run is over."""
-        if self.file is not None:
+        if self.file is not None and self._there() == self.mine:
             self.file.unlink(missing_ok=True)
+
+    def _there(self) -> str | None:
+        """The digest that the file holds now: None without a file, empty where it is no checkpoint."""
+        assert self.file is not None
+        try:
+            with safetensors.safe_open(str(self.file), framework="pt") as file:
+                return (file.metadata() or {}).get(DIGEST, "")
+        except FileNotFoundError:
+            return None
+        except (OSError, safetensors.SafetensorError):
+            return ""
 
     @staticmethod
     def _check(path: Path) -> None:
@@ -154,7 +171,8 @@ class Checkpoint:
                 stands = zip(told["steps"], told["samples"], told["keys"], strict=True)
                 phases = [Stand(step, {}, samples, keys) for step, samples, keys in stands]
                 tensors = {key: file.get_tensor(key) for key in told["tensors"]}
-            if digest([metadata[KEY], *tensors.values()]).hex() != metadata[DIGEST]:
+            self.mine = metadata[DIGEST]
+            if digest([metadata[KEY], *tensors.values()]).hex() != self.mine:
                 raise LearningError(f"the checkpoint {path} is damaged; delete it to begin anew")
             for key, x in tensors.items():
                 number, part, name = key.split("/", 2)

@@ -87,8 +87,8 @@ def learn(
         `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is measured on it
         (otherwise on every fifth sample of the loader).
     seed: decides initial scores and draws, for each task alone: the order of tasks changes nothing.
-    autocast: a dtype to compute in, torch.bfloat16 where the hardware is fast in it. Scores stay as they are. A
-        `torch.autocast` around the call has no say.
+    autocast: a dtype to compute in, torch.bfloat16 or torch.float16 where the hardware is fast in it. Scores stay as
+        they are. A `torch.autocast` around the call has no say.
     cache: bytes for the open network's answers, which are the same whenever an image comes again.
     checkpoint: a file that says every `every` seconds how far the run is. The same call goes on where it stopped, with
         the same masks in the end (on the CPU, to the last bit); the file goes when the run is over. A loader that shows
@@ -195,8 +195,10 @@ def _numbers(seed: Any, cache: Any, every: Any) -> tuple[int, int, float]:
 
 
 def _check_autocast(autocast: Any) -> None:
-    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
-        raise NadhooksError(f"autocast: expected a floating-point dtype such as torch.bfloat16, got {autocast!r}")
+    if autocast not in (None, torch.bfloat16, torch.float16):  # others change nothing, and would be written down
+        raise NadhooksError(
+            f"autocast: expected torch.bfloat16, torch.float16 or None (the model's own dtype), got {autocast!r}"
+        )
 
 
 def _classes(model: nn.Module, sample: Any) -> int:

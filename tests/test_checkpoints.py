@@ -306,6 +306,38 @@ def test_a_checkpoint_stays_where_it_was_begun(tmp_path: Path, monkeypatch: pyte
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["other"]
 
 
+def test_of_two_runs_with_one_checkpoint_the_second_stops(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    first = Checkpoint(path, 0.0, RUN)
+    second = Checkpoint(path, 0.0, RUN)
+    for run in (first, second):
+        run.begin({"scores": table(0)})
+    first.note(1, {"scores": table(1)})
+    with pytest.raises(LearningError, match="was written by another run meanwhile; name another file"):
+        second.note(1, {"scores": table(2)})
+    second.remove()
+    first.note(2, {"scores": table(3)})
+    third = Checkpoint(path, 0.0, RUN)
+    assert third.begin({"scores": table(0)}).step == 2
+    third.note(3, {"scores": table(4)})
+    with pytest.raises(LearningError, match="was written by another run meanwhile"):
+        first.note(3, {"scores": table(5)})
+    first.remove()
+    assert torch.equal(Checkpoint(path, 0.0, RUN).begin({"scores": table(0)}).tables["scores"]["c"], table(4)["c"])
+    third.remove()
+    assert not path.exists()
+
+
+def test_a_checkpoint_that_was_deleted_meanwhile_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    run = Checkpoint(path, 0.0, RUN)
+    run.begin({"scores": table(0)})
+    run.note(1, {"scores": table(1)})
+    path.unlink()
+    run.note(2, {"scores": table(2)})
+    assert Checkpoint(path, 0.0, RUN).begin({"scores": table(0)}).step == 2
+
+
 def test_a_checkpoint_of_other_tasks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     left = stopped(path)

@@ -709,8 +709,9 @@ def test_bad_options_are_named() -> None:
         ({"cache": -1}, "cache: expected a number of bytes"),
         ({"every": "5"}, "every: expected a number of seconds, 0 or more, got '5'"),
         ({"every": float("nan")}, "every: expected a number of seconds"),
-        ({"autocast": "bfloat16"}, "autocast: expected a floating-point dtype such as torch.bfloat16, got 'bfloat16'"),
-        ({"autocast": torch.int8}, "autocast: expected a floating-point dtype"),
+        ({"autocast": "bfloat16"}, "autocast: expected torch.bfloat16, torch.float16 or None .*, got 'bfloat16'"),
+        ({"autocast": torch.int8}, "autocast: expected torch.bfloat16, torch.float16 or None"),
+        ({"autocast": torch.float64}, "expected torch.bfloat16, torch.float16 or None .*, got torch.float64"),
         ({"progress": "a.csv"}, "progress: expected functions of a Progress, .* got 'a.csv'"),
         ({"progress": [print, 5]}, "progress: expected functions of a Progress, .* got 5"),
     ]
