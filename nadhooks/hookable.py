@@ -30,9 +30,11 @@ def check_model(model: nn.Module) -> None:
                 f"{where} is quantised ({type(module).__name__}): it computes with whole numbers and has no gradients; "
                 "attach to the floating-point model, and quantise that after"
             )
-        # torch.compile(model), or model.compile()
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ModelError(f"{where} is compiled, and hooks attached now would be ignored; attach, then compile")
+        original = "" if type(module).__name__ != "OptimizedModule" else ", or hand over the original, its _orig_mod"
+        if original or getattr(module, "_compiled_call_impl", None) is not None:  # by torch.compile, or model.compile()
+            raise ModelError(
+                f"{where} is compiled, and hooks attached now would be ignored; attach, then compile{original}"
+            )
 
 
 def bare_copy(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ def test_correlations_are_of_values_and_of_ranks() -> None:
     ties = Agreement.of([1.0, 1, 2], [3.0, 5, 5])  # ranks 1.5, 1.5, 3 and 1, 2.5, 2.5
     assert ties.spearman == pytest.approx(0.5)
     assert math.isnan(Agreement.of([1.0, 1], [1.0, 2]).pearson)
+    assert repr(ties) == f"Agreement(pearson={ties.pearson!r}, spearman={ties.spearman!r})"  # for notebooks
 
 
 def test_a_planted_graph_is_true_in_every_respect() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,8 @@ class Agreement:
     pearson, spearman: their correlations, NaN for fewer than two pairs or where all are the same.
     """
 
-    said: tuple[float, ...]
-    measured: tuple[float, ...]
+    said: tuple[float, ...] = field(repr=False)  # thousands of edges
+    measured: tuple[float, ...] = field(repr=False)
     pearson: float
     spearman: float
 
