@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -283,11 +283,15 @@ def _run(model: nn.Module, example: Any) -> Trace:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """(batch, classes) of whatever a classifier returns: a tensor, or a tuple that begins with it."""
-    first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    """(batch, classes) of what a classifier returns: a tensor, the first of a tuple, or a dict's "logits"."""
+    first = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    first = first[0] if isinstance(first, (tuple, list)) and first else first
     if not isinstance(first, Tensor) or first.dim() != 2:
-        got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-        raise ModelError(f"expected a classifier that puts out (batch, classes), got {got}")
+        got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(outputs).__name__
+        got += f" of {', '.join(map(repr, outputs)) or 'nothing'}" if isinstance(outputs, Mapping) else ""
+        raise ModelError(
+            f"expected (batch, classes) from a classifier, alone, first in a tuple or as a dict's 'logits', got {got}"
+        )
     return first
 
 

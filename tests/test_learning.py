@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -320,15 +320,25 @@ def test_iterators_are_enough_where_data_is_read_once() -> None:
         nadhooks.learn(model, iter(data), "act", method="nad", tasks=3)
 
 
-def test_models_that_put_out_tuples_are_read_by_their_first_tensor() -> None:
+@pytest.mark.parametrize("form", [lambda x: (x, None), lambda x: {"loss": None, "logits": x}])
+def test_logits_are_a_tuples_first_tensor_or_a_dicts_logits(form: Callable[[Tensor], Any]) -> None:
     class Twin(Mlp):
         def forward(self, x: Tensor) -> Any:
-            return super().forward(x), None
+            return form(super().forward(x))
 
     data = loader()
     assert torch.equal(
         nadhooks.learn(seeded(Twin, SEED), data, "act")["act"], nadhooks.learn(net(), data, "act")["act"]
     )
+
+
+def test_outputs_without_logits_are_named() -> None:
+    class Pixels(Mlp):
+        def forward(self, x: Tensor) -> Any:
+            return {"out": super().forward(x), "aux": x}
+
+    with pytest.raises(ModelError, match=r"as a dict's 'logits', got dict of 'out', 'aux'"):
+        nadhooks.learn(seeded(Pixels, SEED), loader(), "act")
 
 
 def test_masks_say_where_they_came_from() -> None:
