@@ -68,7 +68,7 @@ def learn(
     loader: yields (inputs, labels), labels (batch,) being the model's own output indices, as in any training loop; or
         (batch, outputs) of 0 and 1 where a sample has several (one that has none is left out). Inputs are a tensor, a
         list with an entry for each sample, or a tuple or dict of such, as for the model. A third part is handed to the
-        objective as targets.
+        objective as targets. A batch may be a dict with "labels" instead; the rest are the model's arguments.
     sites, axis, example: as for `attach`; the example is a sample of the loader by default.
     tasks: as for `attach`; None means every label that the loader shows. Samples of other labels serve as contrast.
     method: "contrastive" (default), "class-only", "nad" (the paper's), a baseline ("random", "activation", "taylor",
@@ -83,9 +83,9 @@ def learn(
         default "zero" for "nad", "optimal" for "contrastive" and "mean" for the others.
     start: a method, or masks, that the first scores are taken from.
     outputs: {label: indices of the model's outputs} that say yes to a task, where labels are not outputs themselves.
-    held_out: another loader, of samples that nothing is learnt from. Where outputs are classes, its figures go into
-        `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is measured on it
-        (otherwise on every fifth sample of the loader).
+    held_out: another loader, of samples that nothing is learnt from, kept in memory. Where outputs are classes, its
+        figures go into `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is
+        measured on it (otherwise on every fifth sample of the loader).
     seed: decides initial scores and draws, for each task alone: the order of tasks changes nothing.
     autocast: a dtype to compute in, torch.bfloat16 or torch.float16 where the hardware is fast in it. Scores stay as
         they are. A `torch.autocast` around the call has no say.

@@ -93,12 +93,17 @@ class Data:
 
 def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
     """(inputs, labels, targets) of a training loop's loader: a whole-number label for each sample, or 0 or 1 for each
-    sample and label; targets is whatever came third, or None."""
+    sample and label; targets is whatever came third, or None. Of a dict "labels" are the labels, and the rest inputs.
+    """
     if not isinstance(loader, Iterable):
         raise LearningError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}")
     for batch in loader:
+        if isinstance(batch, Mapping) and "labels" in batch:
+            batch = {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
         if not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
-            raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {type(batch).__name__}")
+            keys = f" of {', '.join(map(repr, batch))}, without 'labels'" if isinstance(batch, Mapping) else ""
+            got = f"{type(batch).__name__}{keys}"
+            raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {got}")
         inputs = (batch[0],) if isinstance(batch[0], list) else batch[0]  # models take a list as their one argument
         samples = size(inputs)
         inputs = inputs if samples is None else pickable(inputs, samples)

@@ -288,10 +288,9 @@ def logits_of(outputs: Any) -> Tensor:
     first = first[0] if isinstance(first, (tuple, list)) and first else first
     if not isinstance(first, Tensor) or first.dim() != 2:
         got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(outputs).__name__
-        got += f" of {', '.join(map(repr, outputs)) or 'nothing'}" if isinstance(outputs, Mapping) else ""
-        raise ModelError(
-            f"expected (batch, classes) from a classifier, alone, first in a tuple or as a dict's 'logits', got {got}"
-        )
+        keyed = isinstance(outputs, Mapping) and "logits" not in outputs
+        keys = f" of {', '.join(map(repr, outputs))}, without 'logits'" if keyed else ""
+        raise ModelError(f"expected a classifier that puts out (batch, classes), got {got}{keys}")
     return first
 
 

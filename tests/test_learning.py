@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import nadhooks
 from nadhooks import methods, objectives
 from nadhooks.errors import LearningError, ModelError, NadhooksError, SiteError, TaskError
+from nadhooks.evaluation import recognition
 from nadhooks.gating import Closed
 from nadhooks.methods.estimators import cubic
 from nadhooks.progress import Progress
@@ -332,12 +333,26 @@ def test_logits_are_a_tuples_first_tensor_or_a_dicts_logits(form: Callable[[Tens
     )
 
 
+def test_batches_may_be_dicts_with_labels() -> None:
+    class Named(Mlp):
+        def forward(self, vectors: Tensor) -> Any:
+            return super().forward(vectors)
+
+    model, data = seeded(Named, SEED), loader()
+    named = [{"labels": labels, "vectors": x} for x, labels in data]
+    assert torch.equal(nadhooks.learn(model, named, "act")["act"], nadhooks.learn(net(), data, "act")["act"])
+    with nadhooks.attach(model, "act", example=named[0]["vectors"][:1]) as gates:
+        assert recognition(gates, named) == recognition(gates, data)
+    with pytest.raises(LearningError, match="got batches of dict of 'label', 'vectors', without 'labels'"):
+        nadhooks.learn(model, [{"label": labels, "vectors": x} for x, labels in data], "act")
+
+
 def test_outputs_without_logits_are_named() -> None:
     class Pixels(Mlp):
         def forward(self, x: Tensor) -> Any:
             return {"out": super().forward(x), "aux": x}
 
-    with pytest.raises(ModelError, match=r"as a dict's 'logits', got dict of 'out', 'aux'"):
+    with pytest.raises(ModelError, match="got dict of 'out', 'aux', without 'logits'"):
         nadhooks.learn(seeded(Pixels, SEED), loader(), "act")
 
 

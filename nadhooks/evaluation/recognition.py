@@ -53,7 +53,8 @@ def recognition(
     """Figures for every task of `masks`, each class's own gates applied to all of the loader's images.
 
     gates: attached to the model at the masks' sites; without masks, the full network is measured for the gates' tasks.
-    loader: yields (inputs, labels), read once; labels of the tasks and others. The gates are given back as found.
+    loader: yields (inputs, labels), read once and kept in memory; labels of the tasks and others. The gates are given
+        back as found.
     outputs: {label: indices of the outputs} that say yes to a task, where labels are not outputs themselves. output:
         "softmax", or "sigmoid" where a sample may be of several classes. progress: called with (tasks done, tasks).
 
