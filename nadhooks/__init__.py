@@ -11,11 +11,10 @@ from .errors import NadhooksError
 from .evaluation import verify
 from .flow import flow_graph
 from .folding import sub_architecture
-from .formats import read_graph
 from .gates import Gates, attach
 from .learning import learn
 from .masks import Masks, load
-from .rendering import contact_sheet, render
+from .rendering import contact_sheet, read_graph, render
 from .seeing import what_units_see
 from .shrinking import shrink
 from .sites import Site

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import NadhooksError
+from .flow_like import check_flow
 from .masks import Masks
 from .wiring import INPUT, OUTPUT
 
@@ -56,6 +57,7 @@ def bottlenecks(graph: nx.DiGraph) -> list[str]:
     Of a site-level graph the sites, by the units that they keep; of a unit-level graph the units, by |attribution|.
     These are the dominators of the output.
     """
+    check_flow(graph)
     whole = _with_source(graph)
     above = nx.immediate_dominators(whole, INPUT_OF_ALL)
     found, node = [], above.get(OUTPUT)
@@ -69,6 +71,7 @@ def bottlenecks(graph: nx.DiGraph) -> list[str]:
 
 def hubs(graph: nx.DiGraph, number: int = 20) -> list[Hub]:
     """The units of a site-level graph that most of its tasks keep, most shared first, then in firing order."""
+    check_flow(graph)
     found = [
         Hub(node, unit, tasks)
         for node, data in graph.nodes(data=True)
@@ -86,6 +89,7 @@ def max_flow(graph: nx.DiGraph) -> MaxFlow:
     Of a site-level graph, in units: a site lets through as many as it keeps, and the cut names sites. Of a unit-level
     graph, in |weight|: the cut names edges. Ford and Fulkerson, 1956, by networkx.
     """
+    check_flow(graph)
     sites = graph.graph.get("level") != "unit"
     network = nx.DiGraph()
     for node, data in graph.nodes(data=True):

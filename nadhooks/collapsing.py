@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 
 from .errors import NadhooksError
+from .flow_like import FLOW, check_flow
 
 SITES = 48  # as many as fit a page's width
 
@@ -25,17 +26,19 @@ def collapse(graph: nx.DiGraph, most: int = SITES) -> nx.DiGraph:
     """
     if not isinstance(most, int) or most < 1:
         raise NadhooksError(f"most: expected a number of sites from 1, got {most!r}")
+    made_by = f"{FLOW} or unit_flow"
+    check_flow(graph, made_by)
     try:
         if graph.graph.get("level") == "unit":
             return _of_units(graph)
         return _of_sites(_without_joins(graph), most)
     except (KeyError, AttributeError, TypeError) as error:
-        raise NadhooksError(f"expected a graph made by nadhooks.flow_graph or unit_flow, got {graph!r}") from error
+        raise NadhooksError(f"expected a graph made by {made_by}, got one that lacks something ({error})") from error
 
 
 def _without_joins(graph: nx.DiGraph) -> nx.DiGraph:
     """Joins that stand as nodes give way to edges from all they join to all they feed."""
-    graph = nx.DiGraph(graph)
+    graph = graph.copy()
     for name in [name for name, data in graph.nodes(data=True) if data["kind"] == "join"]:
         join = graph.nodes[name].get("join", "sequential")
         for source, _, before in list(graph.in_edges(name, data=True)):

@@ -9,6 +9,7 @@ import networkx as nx
 
 from . import formats
 from .flow import flow_graph
+from .graphs import FlowGraph
 from .masks import Masks
 
 
@@ -29,6 +30,14 @@ def render(graph: nx.DiGraph | Masks, path: str | PathLike[str], *, width: str |
         return formats.render(graph, path, width=width)
     kept = {site.name: graph.kept_units(site.name).cpu().numpy() for site in graph.sites}
     return formats.render(flow_graph(graph), path, width=width, kept=kept)
+
+
+def read_graph(path: str | PathLike[str]) -> FlowGraph:
+    """Reads a flow graph that `render` wrote as .json or .graphml; every attribute comes back.
+
+    Raises GraphFileError for another suffix, a file that cannot be read, and one that holds something else.
+    """
+    return FlowGraph(formats.read_graph(path))
 
 
 def contact_sheet(

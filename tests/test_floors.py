@@ -20,6 +20,7 @@ FLOORS = [
         "formats.scene",
         "formats.words",
     },
+    {"flow_like"},
     {"collapsing", "formats.labels", "formats.drawing", "formats.tikz", "formats.dot", "formats.tables"},
     {"formats.graphml", "formats.gexf", "formats.node_link", "formats.mermaid", "formats.table"},
     {"formats.data"},

@@ -13,6 +13,7 @@ import networkx as nx
 import pytest
 
 import nadhooks
+from nadhooks import analysis
 from nadhooks.errors import RenderError, TaskError
 from nadhooks.formats.dot import to_dot
 from nadhooks.masks import Masks
@@ -205,9 +206,20 @@ def test_unknown_suffixes_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_graphs_and_other_things_are_refused(tmp_path: Path) -> None:
-    for graph in (nx.path_graph(3), "graph", None):
-        with pytest.raises(RenderError, match=r"expected a graph made by nadhooks.flow_graph"):
-            nadhooks.render(graph, tmp_path / "flow.svg")
+    others: list[tuple[Any, str]] = [
+        (nx.path_graph(3), "got a Graph"),
+        (nx.path_graph(3, nx.DiGraph), "got one whose node 0 has no 'kind'"),
+        (nx.DiGraph(), "got an empty one"),
+        ("graph", "got a str"),
+        (None, "got a NoneType"),
+    ]
+    for graph, got in others:
+        for suffix in ("svg", "html", "dot"):
+            with pytest.raises(RenderError, match=rf"expected a graph made by nadhooks.flow_graph, {got}$"):
+                nadhooks.render(graph, tmp_path / f"flow.{suffix}")
+        for analyse in (analysis.bottlenecks, analysis.hubs, analysis.max_flow, nadhooks.collapse):
+            with pytest.raises(nadhooks.NadhooksError, match=f"{got}$"):
+                analyse(graph)
     with pytest.raises(nadhooks.NadhooksError, match="expected Masks, got str"):
         nadhooks.flow_graph("masks.safetensors")  # type: ignore[arg-type]
     with pytest.raises(RenderError, match="expected a path, got None"):

@@ -402,13 +402,15 @@ def test_ink_is_dark_and_faint_is_light() -> None:
 # --- notebooks -------------------------------------------------------------------------------------------------------
 
 
-def test_graphs_show_themselves_in_notebooks() -> None:
+def test_graphs_show_themselves_in_notebooks(tmp_path: Path) -> None:
     graph = nadhooks.flow_graph(THREE, "t0")
     assert isinstance(graph, FlowGraph)
     shown = graph._repr_svg_()
     assert shown is not None
     assert ET.fromstring(shown.encode()).tag == f"{SVG}svg"
-    assert type(graph.copy()) is FlowGraph
+    nadhooks.render(graph, tmp_path / "flow.json")
+    for again in (graph.copy(), nadhooks.collapse(graph), nadhooks.read_graph(tmp_path / "flow.json")):
+        assert type(again) is FlowGraph
 
 
 def test_a_graph_of_400_sites_shows_its_collapsed_view_and_other_graphs_none() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..effects import Setting, setting
 from ..errors import NadhooksError
+from ..flow_like import UNIT_FLOW, check_flow
 from ..hooking import on_site
 from ..masks import Masks
 from ..segments import Cut, Replay, gated, unit_part
@@ -101,8 +102,9 @@ def verify(
 
     Raises NadhooksError for a graph that `unit_flow` did not make, SiteError for masks of other sites.
     """
-    if not isinstance(graph, nx.DiGraph) or graph.graph.get("level") != "unit":
-        raise NadhooksError(f"expected a graph made by nadhooks.unit_flow, got {graph!r}")
+    check_flow(graph, UNIT_FLOW)
+    if graph.graph.get("level") != "unit":
+        raise NadhooksError(f"expected a graph made by {UNIT_FLOW}, got one of whole sites")
     task, reference = graph.graph["tasks"][0], graph.graph["reference"]
     grid = next(
         ((data["rows"], data["columns"]) for _, data in graph.nodes(data=True) if data["kind"] == INPUT), (1, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import networkx as nx
 
 from ..errors import RenderError
+from ..flow_like import FLOW, check_flow
 from .contact_sheet import contact_scene as contact_scene
 from .data import DATA_WRITERS
 from .data import read_graph as read_graph
@@ -37,8 +38,7 @@ def points(width: Width) -> float:
 
 def scene(graph: nx.DiGraph, width: Width = "double") -> Scene:
     """What a picture of the graph consists of. Raises RenderError where it cannot be read at that width."""
-    if any("kind" not in data for _, data in graph.nodes(data=True)):
-        raise KeyError("kind")
+    check_flow(graph, error=RenderError)
     draws = unit_scene if graph.graph.get("level") == "unit" else site_scene
     return draws(graph, points(width))
 
@@ -77,10 +77,12 @@ def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "doub
     makes it smaller), and where the file cannot be written, in which case an older file of that name stays as it was.
     """
     path, suffix = _named(path, WRITERS)
+    if suffix not in DATA_WRITERS or not isinstance(graph, nx.DiGraph):  # other programs may want a bare wiring
+        check_flow(graph, error=RenderError)
     try:
         data = to_html(graph, kept).encode() if suffix == ".html" else WRITERS[suffix](graph, width)
     except (KeyError, AttributeError, TypeError) as error:
-        raise RenderError(f"expected a graph made by nadhooks.flow_graph, got {graph!r} ({error})") from error
+        raise RenderError(f"expected a graph made by {FLOW}, got one that lacks something ({error})") from error
     _write(path, data)
 
 
