@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .as_found import frozen
+from .batching import finite
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
 from .gating import Closed, by_unit, gate, unit_sums
@@ -163,7 +164,12 @@ def setting(
     if not isinstance(masks, Masks):
         raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
     if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
-        raise DataError("expected images of the task as a floating-point tensor (images, channels, height, width)")
+        got = f"shape {tuple(images.shape)} of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(
+            f"expected images of the task as a floating-point tensor (images, channels, height, width), got {got}"
+        )
+    if not finite(images):
+        raise DataError("expected images that are finite numbers, got NaN or infinity in them")
     if reference not in (None, "zero", "mean", masks.closed):
         raise NadhooksError(f"reference: expected 'zero', 'mean' or what closed units put out, got {reference!r}")
     chosen = masks.select(task).hard()
@@ -175,6 +181,7 @@ def setting(
     device = next((p.device for p in model.parameters()), images.device)
     images = images.to(device)
     with attach(model, masks.sites, example=images[:1]) as attached:
+        attached.load(chosen)  # or says how the model differs from that of the masks
         sites = {site.name: site for site in attached.sites}
         wiring = nx.DiGraph(attached.wiring)  # with joins, and with what the masks know that one image does not show
         wiring.add_edges_from(edge for edge in masks.wiring.edges(data=True) if not wiring.has_edge(*edge[:2]))

@@ -27,6 +27,7 @@ from .gated import put_gate
 from .gating import gate
 from .hookable import bare_copy, check_model
 from .hooking import on_site
+from .identity import misfit, parameters_of_sites, unlike
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
 from .masks import Masks
 from .nesting import flatten
@@ -100,8 +101,8 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
     a bias, and shared weights that a fold changes are shared no more. Closed rows are zero, not frozen: training moves
     them again. task: name or label; may be left out where masks have one. example: as for `attach`.
 
-    Raises SiteError when the masks belong to other sites, TaskError for an unknown task, ModelError for models without
-    values or where no way gives the hooked model's outputs.
+    Raises SiteError when the masks belong to another model, TaskError for an unknown task, ModelError for models
+    without values or where no way gives the hooked model's outputs.
     """
     check_model(model)
     if task is None and len(masks) != 1:
@@ -115,6 +116,8 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
         bare = bare_copy(model)
         seen = trace(bare, example)
         sites, _ = find(seen, chosen.sites)
+        if differ := unlike(chosen, sites, parameters_of_sites(seen, sites)):
+            raise misfit(differ, "take masks of this model, or gates.masks() after gates.load(masks, strict=False)")
         rows: Rows = {
             site.name: (
                 chosen[site.name][0],

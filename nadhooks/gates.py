@@ -20,11 +20,11 @@ from .errors import LearningError, NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hookable import check_model
 from .hooking import Handle, on_site
-from .identity import structure_of, unlike, without_wrappers
+from .identity import misfit, parameters_of_sites, structure_of, unlike, without_wrappers
 from .masks import Masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
-from .tracing import Trace, call_model, parameters_behind, trace
+from .tracing import Trace, call_model, trace
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 
@@ -93,7 +93,7 @@ class Gates:
         self.sites = self._without_dead_ends(found) if self.chosen_by != GIVEN else found
         self.closed: Closed = closed
         self.constants: dict[str, Tensor] = {}  # as those of `Masks`
-        self.parameters_behind = _parameters_behind(seen, self.sites)
+        self.parameters_behind = parameters_of_sites(seen, self.sites)
         self._model_name = f"{type(model).__module__}.{type(model).__qualname__}"
         self._by_name = {site.name: site for site in self.sites}
         self._tensors = {site.name: _dtype_and_device(seen, site) for site in self.sites}
@@ -299,12 +299,11 @@ class Gates:
         differ = unlike(masks, self.sites, self.parameters_behind)
         fitting = [site for site in self.sites if site in masks.sites]
         if differ and (strict or not fitting):
-            first, *others = differ.values()
-            more = f" (and {len(others)} more)" if others else ""
             remedy = ", or load what fits with strict=False" if fitting else ""
-            raise SiteError(
-                f"the masks do not fit this model: {next(iter(differ))}: {first}{more}; attach with sites=masks.sites, "
-                f"load the masks of this model, give sites other names with masks.renamed{remedy}"
+            raise misfit(
+                differ,
+                "attach with sites=masks.sites, load the masks of this model, give sites other names with "
+                f"masks.renamed{remedy}",
             )
         if len(masks.tasks) != len(self.task_rows) and not (self._rows is self._values is None):
             raise TaskError(
@@ -452,10 +451,3 @@ def _dtype_and_device(seen: Trace, site: Site) -> tuple[torch.dtype, torch.devic
     leaves = {leaf.index: leaf for leaf in (call.inputs if site.side == "input" else call.outputs)}
     leaf = leaves[site.leaf or 0]
     return (leaf.dtype if leaf.dtype == torch.float64 else torch.float32), leaf.device
-
-
-def _parameters_behind(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
-    first = {site.module: site for site in reversed(list(sites))}  # of several leaves of a module, the first has them
-    ordered = [first[module] for module in dict.fromkeys(site.module for site in sites)]
-    counts = parameters_behind(seen, [(site.module, site.side == "output") for site in ordered])
-    return {site.name: count for site, count in zip(ordered, counts, strict=True)}

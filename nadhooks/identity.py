@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .errors import SiteError
 from .masks import Masks, described
 from .sites import Site
+from .tracing import Trace, parameters_behind
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")  # DataParallel, DDP; compile; FSDP
 
@@ -54,6 +56,14 @@ def without_wrappers(masks: Masks, sites: Sequence[Site]) -> Masks:
     return masks
 
 
+def parameters_of_sites(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
+    """{site: how many of the model's parameters ran after the site before it}."""
+    first = {site.module: site for site in reversed(list(sites))}  # of several leaves of a module, the first has them
+    ordered = [first[module] for module in dict.fromkeys(site.module for site in sites)]
+    counts = parameters_behind(seen, [(site.module, site.side == "output") for site in ordered])
+    return {site.name: count for site, count in zip(ordered, counts, strict=True)}
+
+
 def unlike(masks: Masks, sites: Sequence[Site], parameters_behind: Mapping[str, int]) -> dict[str, str]:
     """{site: how it differs} of what masks say of their sites and what a model has; empty where all is the same."""
     here = {site.name: site for site in sites}
@@ -71,6 +81,13 @@ def unlike(masks: Masks, sites: Sequence[Site], parameters_behind: Mapping[str, 
             )
     known = {site.name for site in masks.sites}
     return found | {name: "found here, but the masks have no such site" for name in here if name not in known}
+
+
+def misfit(differ: Mapping[str, str], remedy: str) -> SiteError:
+    """The error for what `unlike` found."""
+    (site, first), *others = differ.items()
+    more = f" (and {len(others)} more)" if others else ""
+    return SiteError(f"the masks do not fit this model: {site}: {first}{more}; {remedy}")
 
 
 def _sha256(data: bytes) -> str:

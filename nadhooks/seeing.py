@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .as_found import undisturbed
+from .batching import described, finite
 from .errors import DataError, NadhooksError, SiteError
+from .flow_like import check_flow
 from .hooking import on_site
+from .sampling import read
 from .sites import Site
 
 MASS = 0.8  # share of the squared gradient that a crop holds
@@ -28,7 +31,7 @@ def what_units_see(
     model: nn.Module,
     graph: nx.DiGraph,
     sites: Sequence[Site],
-    loader: Iterable[tuple[Tensor, Any]],
+    loader: Iterable[Any],
     *,
     units: Mapping[str, Sequence[int]] | None = None,
     names: Mapping[int, str] | None = None,
@@ -51,6 +54,7 @@ def what_units_see(
 
     Raises DataError for a loader without images, SiteError for sites that the model or the graph lacks.
     """
+    check_flow(graph)
     if top < 1 or size < 1:
         raise NadhooksError(f"expected top and size from 1, got {top} and {size}")
     wanted = _wanted(graph, units)
@@ -178,14 +182,25 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch], loader: Iterable[An
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
+        modules = dict(model.named_modules())
         for watch in watches.values():
+            if watch.site.module not in modules:
+                raise SiteError(f"{watch.site.name}: the model has no module {watch.site.module!r}")
             stack.callback(on_site(model, watch.site, watch.see).remove)
-        for images, labels in loader:
+        for inputs, labels, _ in read(loader):
+            images, *others = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
+            if others or not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+                expected = "images as one floating-point tensor (images, channels, height, width)"
+                raise DataError(f"what_units_see: expected {expected}, got {described(inputs)}")
+            if not finite(images):
+                raise DataError("what_units_see: expected images that are finite numbers, got NaN or infinity in them")
+            if labels.dim() != 1:
+                raise DataError("what_units_see: expected one label for each image, got rows of 0 and 1")
             if first == 0:
                 _measure(model, watches, images[:4].to(device))
             with torch.no_grad():
                 model(images.to(device))
-            listed = [int(label) for label in labels]
+            listed = labels.tolist()
             for watch in watches.values():
                 watch.update(listed, first)
             for row, image in enumerate(images):

@@ -77,7 +77,7 @@ def unit_flow(
     taken for its share of the target's inflow: the last edge's weight times e / Σ|e| of every edge before.
     Units from which no way leads to the output after pruning are left out.
 
-    Raises TaskError for a task that is no output of the model, SiteError for other sites than the model's and sites
+    Raises TaskError for a task that is no output of the model, SiteError for masks of another model and sites
     that fire more than once, DataError for images that are none.
     """
     _check(weighting, estimator, nodes, edges, top)

@@ -15,7 +15,7 @@ from nadhooks import sites, zoo
 from nadhooks.errors import ModelError, SiteError, TaskError
 from nadhooks.folding import Folding
 from nadhooks.sites import Sites
-from tests.nets import Line, Mlp, Pair, images, seeded, vectors
+from tests.nets import Lean, Line, Mlp, Pair, images, seeded, vectors
 
 
 def masks_of(model: nn.Module, chosen: Sites | None, example: Any, closed: str = "zero", soft: bool = False) -> Any:
@@ -249,6 +249,8 @@ def test_what_cannot_be_folded_is_explained() -> None:
         nadhooks.sub_architecture(model, masks, example=x)
     with pytest.raises(SiteError, match="conv1"):
         nadhooks.sub_architecture(seeded(Mlp), masks, 0, example=vectors())
+    with pytest.raises(SiteError, match=r"conv1: expected .* behind 76 parameters, found 12; take masks of this model"):
+        nadhooks.sub_architecture(seeded(Lean), masks, 0, example=x)
     with pytest.raises(ModelError, match="meta device"):
         nadhooks.sub_architecture(copy.deepcopy(model).to("meta"), masks, 0, example=x)
 

@@ -95,6 +95,28 @@ def test_sites_of_a_site_graph_know_what_chosen_units_see() -> None:
     assert seen.nodes["conv"]["seen"]["1"]["sees"][0]["activation"] == 0.0
 
 
+def test_images_may_come_in_dicts() -> None:
+    named = [{"pixels": x, "labels": labels} for x, labels in batches()]
+    seen, expected = (nadhooks.what_units_see(Net(), graph(), [SITE], data) for data in (named, batches()))
+    assert seen.nodes["conv:0"] == expected.nodes["conv:0"]
+
+
+def test_batches_that_are_no_images_with_labels_are_named() -> None:
+    (x, labels), _ = batches()
+    wrong: list[tuple[Any, str]] = [
+        (x, "expected a loader of .* got batches of Tensor"),
+        ((x, labels[:1]), "expected 2 whole-number labels"),
+        ((x, torch.eye(2)), "expected one label for each image, got rows of 0 and 1"),
+        (((x, x), labels), r"as one floating-point tensor \(images, .*, got tuple of 2"),
+        ((x.byte(), labels), "as one floating-point tensor"),
+        ((x[0], labels[:1]), r"as one floating-point tensor .* got Tensor of shape \(1, 8, 8\)"),
+        ((x / 0, labels), "finite numbers, got NaN or infinity"),
+    ]
+    for batch, told in wrong:
+        with pytest.raises(nadhooks.NadhooksError, match=told):
+            nadhooks.what_units_see(Net(), graph(), [SITE], [batch])
+
+
 def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(DataError, match="got none"):
         nadhooks.what_units_see(Net(), graph(), [SITE], [])
@@ -104,6 +126,10 @@ def test_what_cannot_be_done_is_said() -> None:
         nadhooks.what_units_see(Net(), graph(()), [SITE], batches())
     with pytest.raises(SiteError, match="no site 'fc'"):
         nadhooks.what_units_see(Net(), graph(), [SITE], batches(), units={"fc": [0]})
+    with pytest.raises(SiteError, match="conv: the model has no module 'conv'"):
+        nadhooks.what_units_see(nn.Linear(2, 2), graph(), [SITE], batches())
+    with pytest.raises(nadhooks.NadhooksError, match=r"expected a graph made by nadhooks.flow_graph, got a str"):
+        nadhooks.what_units_see(Net(), "graph", [SITE], batches())
     with pytest.raises(RenderError, match="units see nothing"):
         contact_scene(graph(), None, 252)
 

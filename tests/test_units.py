@@ -14,7 +14,7 @@ from nadhooks.errors import DataError, NadhooksError, SiteError, TaskError
 from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
 
-from .nets import Line, Split, images, seeded, vectors
+from .nets import Lean, Line, Split, images, seeded, vectors
 from .test_wiring import Hard
 
 
@@ -340,10 +340,24 @@ def test_what_cannot_be_asked_is_said() -> None:
                   {"reference": "noise"}, {"regions": 0}):  # fmt: skip
         with pytest.raises(NadhooksError, match=f"^{next(iter(wrong))}: expected"):
             nadhooks.unit_flow(model, masks, 0, X, **wrong)
+    with pytest.raises(DataError, match="finite numbers, got NaN or infinity"):
+        nadhooks.unit_flow(model, masks, 0, X * torch.tensor([[1.0], [torch.nan]]))
     with nadhooks.attach(model, ["a"], tasks={9: "nine"}, example=X) as gates:
         other = gates.masks()
     with pytest.raises(TaskError, match="nine is not an output of the model, which has 0 to 1"):
         nadhooks.unit_flow(model, other, "nine", X)
+
+
+def test_masks_of_another_model_with_the_same_sites_are_refused() -> None:
+    x = images()
+    model, other = seeded(Line), seeded(Lean)
+    masks = masks_of(model, ["act1", "act2"], x)
+    graph = nadhooks.unit_flow(model, masks, 0, x)
+    told = r"do not fit this model: act1: expected .* behind 76 parameters, found 12 \(and 1 more\)"
+    with pytest.raises(SiteError, match=told):
+        nadhooks.unit_flow(other, masks, 0, x)
+    with pytest.raises(SiteError, match=told):
+        nadhooks.verify(other, masks, graph, x)
 
 
 def test_sites_that_fire_twice_are_refused() -> None:

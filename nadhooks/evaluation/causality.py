@@ -100,7 +100,7 @@ def verify(
 
     Of a pooled graph only `edges` are comparable: its weights are activations, not parts of the logit.
 
-    Raises NadhooksError for a graph that `unit_flow` did not make, SiteError for masks of other sites.
+    Raises NadhooksError for a graph that `unit_flow` did not make, SiteError for masks of another model.
     """
     check_flow(graph, UNIT_FLOW)
     if graph.graph.get("level") != "unit":
