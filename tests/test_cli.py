@@ -482,6 +482,10 @@ def test_verify_finds_what_the_file_states(measured_file: Path, capsys: pytest.C
     shifted.save("shifted")
     assert run("verify", "shifted", *verify[2:], *weights) == 1
     assert "the mean of AUC is not within 0.02 of what the file states" in capsys.readouterr().err
+    masks.replaced(provenance={**masks.provenance, "model": "timm.models.resnet.ResNet"}).save("scripted")
+    assert run("verify", "scripted", *verify[2:]) == 1
+    assert "scripted says no more of its model than timm.models.resnet.ResNet; name it" in capsys.readouterr().err
+    assert run("verify", "scripted", MODEL, *verify[2:], *weights) == 0
     masks.replaced(quality={}).save("silent")
     assert run("verify", "silent", *verify[2:]) == 1
     assert "states no quality" in capsys.readouterr().err

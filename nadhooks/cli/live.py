@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from .. import zoo
 from ..data import load_images
-from ..errors import DataError, MaskFileError
+from ..errors import DataError, MaskFileError, ModelError
 from ..evaluation import MEASURES, quality, recognition, verify
 from ..formats import PICTURES, TEXT, WIDTHS
 from ..gates import attach
@@ -144,7 +144,13 @@ def _units(options: argparse.Namespace) -> None:
 
 def _loaded(masks: Masks, options: argparse.Namespace) -> nn.Module:
     """The masks' model, with a word on whether its weights are those of the masks."""
-    options.model = options.model or masks.provenance.get("model")
+    if options.model is None:
+        options.model = str(masks.provenance.get("model", "nothing"))
+        if ":" not in options.model:  # the name of a class, from `learn` in a script
+            raise ModelError(
+                f"{options.masks} says no more of its model than {options.model}; name it after the masks: "
+                "timm:NAME, torchvision:NAME or file.py:factory"
+            )
     with err.status("making the model"):
         model = made_model(options, runs=True)
     weights = {True: "the same", False: "others (expect other figures)", None: "unknown (expect other figures)"}[
