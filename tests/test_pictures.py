@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 import xml.etree.ElementTree as ET
 from hashlib import sha256
 from pathlib import Path
 
+import matplotlib
 import networkx as nx
 import pytest
 
@@ -21,7 +23,22 @@ import nadhooks
 from nadhooks.errors import RenderError
 from nadhooks.formats import WRITERS, scene
 from nadhooks.formats.html import to_html
-from nadhooks.formats.scene import BLUE, BOTH, FAINT, INK, ORANGE, SHADES, Cells, Disc, Scene, Stroke, Text, text_width
+from nadhooks.formats.scene import (
+    BLUE,
+    BOTH,
+    FAINT,
+    FONT,
+    INK,
+    ORANGE,
+    SHADES,
+    Cells,
+    Disc,
+    Scene,
+    Stroke,
+    Text,
+    families,
+    text_width,
+)
 from nadhooks.formats.site_layout import DOUBLE, lay_out
 from nadhooks.formats.site_scene import JOINS
 from nadhooks.formats.tables import masks_table
@@ -205,6 +222,41 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
         nadhooks.render(graph, tmp_path / f"odd.{suffix}")
     texts = ET.parse(tmp_path / "odd.svg").getroot().iter(f"{SVG}text")
     assert {odd, "task <i>$: 1 of 4 units kept (25%)"} <= {"".join(text.itertext()).strip() for text in texts}
+
+
+def test_letters_that_the_font_lacks_come_from_another_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["nadhooks.formats.scene"], "OTHER_FONTS", ())
+    assert families("plain, é, ∑") == ((FONT,), "")
+    assert families("⌕ and \U00013000") == ((FONT,), "⌕\U00013000")
+    monkeypatch.setitem(matplotlib.rcParams, "font.sans-serif", ["nowhere", "STIXGeneral"])  # comes with matplotlib
+    assert families("⌕ and \U00013000") == ((FONT, "STIXGeneral"), "\U00013000")
+    assert text_width("⌕", 10) > 0
+    graph = site_graph({"a": 4}, {"⌕": {"a": [0]}}, [("input", "a"), ("a", "output")], model="")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for suffix in ("png", "svg", "pdf"):
+            nadhooks.render(graph, tmp_path / f"sign.{suffix}")
+    assert b"STIXGeneral" in (tmp_path / "sign.pdf").read_bytes()
+
+
+def test_letters_that_no_font_has_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["nadhooks.formats.scene"], "OTHER_FONTS", ())
+    graph = site_graph({"a": 4}, {"\U00013000": {"a": [0]}}, [("input", "a"), ("a", "output")], model="")
+    with pytest.warns(UserWarning, match="has the letters \U00013000: they are drawn as boxes") as told:
+        nadhooks.render(graph, tmp_path / "flow.png")
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nadhooks.render(graph, tmp_path / "flow.svg")  # the viewer has fonts of its own
+
+
+def test_the_page_of_a_unit_graph_without_units_is_written(tmp_path: Path) -> None:
+    graph = unit_graph(2, 4, 2)
+    graph = graph.subgraph(node for node, data in graph.nodes(data=True) if data["kind"] == "output")
+    for suffix in ("html", "svg"):
+        nadhooks.render(graph, tmp_path / f"none.{suffix}")
 
 
 def test_the_same_graph_gives_the_same_bytes_in_any_process() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from typing import Any
 
-from .scene import FONT, Cells, Disc, Picture, Scene, Stroke, Text
+from .scene import FONT, Cells, Disc, Picture, Scene, Stroke, Text, families
 
 DPI = 300
 SETTINGS: dict[str, Any] = {
@@ -28,11 +29,11 @@ UNDATED: dict[str, dict[str, Any]] = {
 
 def draw(scene: Scene, format: str) -> bytes:
     """The bytes of an "svg", "pdf" or "png" file (300 dots per inch)."""
-    from matplotlib import rc_context
+    import matplotlib
     from matplotlib.figure import Figure
 
     settings: Any = SETTINGS  # matplotlib's own type lists every setting by name
-    with rc_context(settings):
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=DPI, facecolor="white")
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_xlim(0, scene.width)
@@ -42,7 +43,17 @@ def draw(scene: Scene, format: str) -> bytes:
             _add(axes, shape, order)
         data = io.BytesIO()
         named = {"Title": scene.title} if scene.title else {}
-        figure.savefig(data, format=format, dpi=DPI, metadata=UNDATED[format] | named)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # one for each letter, and word of it
+            figure.savefig(data, format=format, dpi=DPI, metadata=UNDATED[format] | named)
+    lacking = {letter for shape in scene.shapes if isinstance(shape, Text) for letter in families(shape.text)[1]}
+    if lacking and format != "svg":  # where words stay words, a viewer has letters of its own
+        letters, cache = "".join(sorted(lacking)), matplotlib.get_cachedir()
+        warnings.warn(
+            f"no font that matplotlib knows has the letters {letters}: they are drawn as boxes. Install one, such as "
+            f'Noto Sans CJK, and empty {cache}, or name one of yours in matplotlib.rcParams["font.sans-serif"]',
+            stacklevel=2,
+        )
     return data.getvalue()
 
 
@@ -85,6 +96,7 @@ def _add(axes: Any, shape: Any, order: int) -> None:
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
     elif isinstance(shape, Text):
+        named, _ = families(shape.text)
         axes.text(
             shape.x,
             shape.y,
@@ -96,5 +108,6 @@ def _add(axes: Any, shape: Any, order: int) -> None:
             rotation=90 if shape.turned else 0,
             rotation_mode="anchor",
             fontweight="bold" if shape.bold else "normal",
+            fontfamily=None if named == (FONT,) else [*named, "sans-serif"],
             zorder=order,
         )

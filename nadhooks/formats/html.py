@@ -138,7 +138,7 @@ def _sites(graph: nx.DiGraph) -> dict[str, Any]:
 
 
 def _units(graph: nx.DiGraph) -> dict[str, Any]:
-    columns = len(columns_of(graph))
+    columns = max(1, len(columns_of(graph)))  # a mask that lets nothing through has none
     shown = max((data.get("shown", 0) for data in graph.graph["sites"].values()), default=0)
     tall = max(300.0, min(1600.0, 4.0 * shown))
     strips = Strips(graph, 2 * MARGIN + 2 * ENDS + PITCH * columns, tall)

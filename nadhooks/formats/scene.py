@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,6 +12,11 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # x, y, width, height
 
 FONT = "DejaVu Sans"  # comes with matplotlib: the same letters, and widths, on every machine
+OTHER_FONTS = (  # for letters that it lacks, where they are installed
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("Arial Unicode MS", "Noto Sans", "Segoe UI"),
+)
 INK, GREY, FAINT, PAPER = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#ffffff"
 # Okabe and Ito's colours, which colour-blind eyes tell apart (https://jfly.uni-koeln.de/color/)
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
@@ -88,11 +93,39 @@ class Scene:
 
 
 @cache
-def _font(bold: bool) -> Any:
+def _font(bold: bool, families: tuple[str, ...] = (FONT,)) -> Any:
     from matplotlib import font_manager
 
-    name = font_manager.FontProperties(family=FONT, weight="bold" if bold else "normal")
-    return font_manager.get_font(font_manager.findfont(name))
+    weight = "bold" if bold else "normal"
+    names = [font_manager.FontProperties(family=family, weight=weight) for family in families]
+    return font_manager.get_font([font_manager.findfont(name) for name in names])
+
+
+def families(text: str) -> tuple[tuple[str, ...], str]:
+    """The fonts for a text, the usual one first, and the letters that none of them has.
+
+    Others are the user's (matplotlib.rcParams["font.sans-serif"]) and `OTHER_FONTS`, as far as installed.
+    """
+    found, lacking = [FONT], _lacking(text, FONT)
+    if lacking:
+        from matplotlib import font_manager, rcParams
+
+        installed = set(font_manager.get_font_names())
+        for name in (*rcParams["font.sans-serif"], *OTHER_FONTS):
+            if lacking and name in installed and (still := _lacking(lacking, name)) != lacking:
+                found.append(name)
+                lacking = still
+    return tuple(found), lacking
+
+
+def _lacking(text: str, family: str) -> str:
+    known = _charmap(family)
+    return "".join(dict.fromkeys(letter for letter in text if ord(letter) not in known))
+
+
+@cache
+def _charmap(family: str) -> Collection[int]:
+    return frozenset(_font(False, (family,)).get_charmap())
 
 
 @cache
@@ -100,7 +133,9 @@ def text_width(text: str, size: float, bold: bool = False) -> float:
     """In points."""
     from matplotlib.ft2font import LoadFlags
 
-    font = _font(bold)
+    named, lacking = families(text)
+    font = _font(bold, named)
+    text = "".join("□" if letter in lacking else letter for letter in text)  # as they are drawn
     font.set_size(100, 72)  # large, then scaled; without hinting, which differs between versions
     font.set_text(text, 0.0, flags=LoadFlags.NO_HINTING)
     return round(float(font.get_width_height()[0]) / 64 * size / 100, 2)
