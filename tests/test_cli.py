@@ -484,11 +484,29 @@ def test_verify_finds_what_the_file_states(measured_file: Path, capsys: pytest.C
     assert "the mean of AUC is not within 0.02 of what the file states" in capsys.readouterr().err
     masks.replaced(provenance={**masks.provenance, "model": "timm.models.resnet.ResNet"}).save("scripted")
     assert run("verify", "scripted", *verify[2:]) == 1
-    assert "scripted says no more of its model than timm.models.resnet.ResNet; name it" in capsys.readouterr().err
+    assert "scripted says that its model is timm.models.resnet.ResNet, which is not made" in capsys.readouterr().err
     assert run("verify", "scripted", MODEL, *verify[2:], *weights) == 0
     masks.replaced(quality={}).save("silent")
     assert run("verify", "silent", *verify[2:]) == 1
     assert "states no quality" in capsys.readouterr().err
+
+
+def test_a_strangers_file_runs_no_code_of_its_choice(
+    measured_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef build(): pass\n")
+    masks = nadhooks.load(measured_file)
+    for spec in (
+        f"{tmp_path / 'evil.py'}:build",
+        f"{os.__file__}:system,command='touch {tmp_path / 'ran'}'",
+        "timm:hf-hub:stranger/model",
+        "timm:resnet18,checkpoint_path='evil.pth'",
+    ):
+        masks.replaced(provenance={**masks.provenance, "model": spec}).save(tmp_path / "evil")
+        for command in (["verify"], ["units", "--task", "3"]):
+            assert run(command[0], str(tmp_path / "evil"), *command[1:], "--data", "digits") == 1
+            assert "is not made without being asked for; name the model after the masks" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
 
 
 def test_inspect_shows_everything_and_prints_it_for_programs(

@@ -146,10 +146,10 @@ def _loaded(masks: Masks, options: argparse.Namespace) -> nn.Module:
     """The masks' model, with a word on whether its weights are those of the masks."""
     if options.model is None:
         options.model = str(masks.provenance.get("model", "nothing"))
-        if ":" not in options.model:  # the name of a class, from `learn` in a script
+        if not zoo.is_plain(options.model):  # what runs code is the user's to say; a script tells a class alone
             raise ModelError(
-                f"{options.masks} says no more of its model than {options.model}; name it after the masks: "
-                "timm:NAME, torchvision:NAME or file.py:factory"
+                f"{options.masks} says that its model is {options.model}, which is not made without being asked for; "
+                f"name the model after the masks: timm:NAME, torchvision:NAME or file.py:factory"
             )
     with err.status("making the model"):
         model = made_model(options, runs=True)

@@ -52,6 +52,22 @@ def load_model(spec: str, *, weights: str | None = None, pretrained: bool = Fals
     return model.eval()
 
 
+def is_plain(spec: str) -> bool:
+    """Whether a model of timm or torchvision is meant, with numbers for options: what a stranger may ask for.
+
+    A file runs code; words among the options may name files, and names with a colon or slash repositories.
+    """
+    source, _, rest = spec.partition(":")
+    name, _, settings = rest.partition(",")
+    try:
+        values = list(_options(settings).values())
+    except ModelError:
+        return False
+    flat = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
+    known = source in ("timm", "torchvision") and re.fullmatch(r"[\w.-]+", name) is not None
+    return known and all(value is None or isinstance(value, (bool, int, float)) for value in flat)
+
+
 def load_weights(model: nn.Module, path: str) -> None:
     """Loads a safetensors file or a state_dict (also under the key "state_dict"), strictly. Raises ModelError."""
     state = _state_dict(path)
