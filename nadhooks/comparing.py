@@ -37,6 +37,11 @@ def varied(example: Any) -> Any:
     return pytree.tree_map_only(Tensor, random, example)
 
 
+def scaled(example: Any, scale: float) -> Any:
+    """An input so many times as large."""
+    return pytree.tree_map_only(Tensor, lambda x: x * scale if x.is_floating_point() else x, example)
+
+
 def close(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Equal but for rounding, tensor by tensor."""
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if isinstance(a, Tensor) and a.is_floating_point()]

@@ -58,12 +58,14 @@ def flow_graph(masks: Masks, task: object = None, *, combine: Combine = "union",
         graph.nodes[site.name].update(kind="site", module=site.module, units=site.units)
         graph.nodes[site.name].update(_kept(chosen.kept_units(site.name), chosen.tasks, combine))
     for source, target, data in masks.wiring.edges(data=True):
-        known = {key: value for key, value in data.items() if key != "arrives"}
+        known = {key: data[key] for key in ("join", "found") if key in data}  # a file may hold others
         share = graph.nodes[source]["share"]
-        graph.add_edge(source, target, **{"join": SEQUENTIAL, **known, "share": share})
+        known["join"] = known["join"] if known.get("join") in JOINS else SEQUENTIAL
+        graph.add_edge(source, target)
+        graph.edges[source, target].update(known, share=share)
     for node in graph:
-        last = {data.get("arrives", SEQUENTIAL) for *_, data in masks.wiring.in_edges(node, data=True)}
-        graph.nodes[node]["join"] = max(last, key=JOINS.index, default=SEQUENTIAL)
+        last = {data.get("arrives") for *_, data in masks.wiring.in_edges(node, data=True)} & {*JOINS}
+        graph.nodes[node]["join"] = max(last, key=JOINS.index, default=SEQUENTIAL)  # a file may hold words unknown here
     if joins:
         graph = _with_joins(graph)
     for stage, nodes in enumerate(nx.topological_generations(graph)):

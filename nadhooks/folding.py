@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import zoo
-from .comparing import close, difference, largest, outputs, varied
+from .comparing import close, difference, largest, outputs, scaled, varied
 from .errors import ModelError, TaskError
 from .gated import put_gate
 from .gating import gate
@@ -34,6 +34,8 @@ from .nesting import flatten
 from .sites import Site, find
 from .tracing import Trace, trace
 from .wiring import OUTPUT, flowing
+
+SCALES = (1.0, 0.01, 30.0, 1000.0)  # of inputs on which soft gates are tried
 
 How = Literal["open", "weights", "weights before", "columns", "columns behind", "gate"]
 
@@ -188,6 +190,8 @@ def _confirmed(
     """
     twin = _lively(bare)
     inputs = [_cast_like(twin, each) for each in inputs]
+    if any(bool(((g != 0) & (g != 1)).any()) for g, _ in rows.values()):  # to scale is not the same on either side of
+        inputs = [scaled(each, scale) for each in inputs for scale in SCALES]  # what saturates, or has a threshold
     chosen = [0] * len(options)
     while True:
         plan = [each[index] for each, index in zip(options, chosen, strict=True)]

@@ -385,6 +385,16 @@ class Gates:
         finally:
             self._shut = shut
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, other masks may be loaded; afterwards tasks, closed values and the very parameters are as before."""
+        before = self.logits, self.task_rows, self.closed, self.constants
+        self._set_tasks(self.task_rows)
+        try:
+            yield
+        finally:
+            self.logits, self.task_rows, self.closed, self.constants = before
+
     def _closed_values(self, site: Site) -> Tensor | None:
         """What closed units put out, (units,) or (batch or 1, units); None for zero."""
         if site.name in self._closed:

@@ -144,7 +144,8 @@ class Masks:
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for name in self.values:
             kept = self.kept_units(name).float()  # (tasks, units); counts of up to 2**24 units are exact
-            both = kept @ kept.T
+            with torch.autocast(kept.device.type, enabled=False):  # but not in bfloat16
+                both = kept @ kept.T
             either = kept.sum(1)[:, None] + kept.sum(1)[None] - both
             total += torch.where(either > 0, both.double() / either.clamp(min=1), torch.ones_like(total))
         return total / len(self.sites)
@@ -202,6 +203,9 @@ class Masks:
         to = {old: site.name for old, site in new.items()}
         if len(set(to.values())) < len(to):
             raise SiteError("renamed: two sites would have one name")
+        if taken := {"input", "output"} & set(to.values()):
+            raise SiteError(f"renamed: {taken.pop()!r} is the name of an end of the wiring, not of a site")
+        known = {key: value for key, value in self.provenance.items() if key != "structure"}  # which is of the names
         behind = {to.get(name, name): count for name, count in self.provenance.get("parameters_behind", {}).items()}
         return Masks(
             tuple(new.values()),
@@ -210,7 +214,7 @@ class Masks:
             nx.freeze(nx.relabel_nodes(self.wiring, to)),
             self.closed,
             {to[name]: constants for name, constants in self.constants.items()},
-            {**self.provenance, **({"parameters_behind": behind} if behind else {})},
+            {**known, **({"parameters_behind": behind} if behind else {})},
             self.quality,
         )
 
@@ -235,7 +239,9 @@ class Masks:
             raise SiteError(f"expected masks whose closed units put out {self.closed!r}, got {other.closed!r}")
         if len(other) > 1:
             other = other.select(self.labels)  # task by task, in whatever order
-        return self.replaced({name: combine(value, other[name].to(value.dtype)) for name, value in self.values.items()})
+        both = {name: (value, other[name]) for name, value in self.values.items()}
+        dtypes = {name: torch.promote_types(torch.result_type(*pair), torch.float32) for name, pair in both.items()}
+        return self.replaced({name: combine(*(x.to(dtypes[name]) for x in pair)) for name, pair in both.items()})
 
     def replaced(
         self,

@@ -21,7 +21,8 @@ from .errors import DataError, NadhooksError, SiteError
 from .flow_like import check_flow
 from .hooking import on_site
 from .sampling import read
-from .sites import Site
+from .sites import Site, find
+from .tracing import trace
 
 MASS = 0.8  # share of the squared gradient that a crop holds
 PREFIX = 8  # tokens before those of the patches: class, distillation, registers
@@ -182,11 +183,6 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch], loader: Iterable[An
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        modules = dict(model.named_modules())
-        for watch in watches.values():
-            if watch.site.module not in modules:
-                raise SiteError(f"{watch.site.name}: the model has no module {watch.site.module!r}")
-            stack.callback(on_site(model, watch.site, watch.see).remove)
         for inputs, labels, _ in read(loader):
             images, *others = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
             if others or not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
@@ -197,6 +193,9 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch], loader: Iterable[An
             if labels.dim() != 1:
                 raise DataError("what_units_see: expected one label for each image, got rows of 0 and 1")
             if first == 0:
+                for site in find(trace(model, images[:1].to(device)), [watch.site for watch in watches.values()])[0]:
+                    watches[site.name].site = site  # files do not hold all of it
+                    stack.callback(on_site(model, site, watches[site.name].see).remove)
                 _measure(model, watches, images[:4].to(device))
             with torch.no_grad():
                 model(images.to(device))

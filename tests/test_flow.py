@@ -15,9 +15,11 @@ import pytest
 import nadhooks
 from nadhooks import analysis
 from nadhooks.errors import RenderError, TaskError
+from nadhooks.formats import mask_file
 from nadhooks.formats.dot import to_dot
 from nadhooks.masks import Masks
 
+from .strangers import encoded, header_and_tensors
 from .test_masks import THREE, masks
 
 
@@ -239,3 +241,13 @@ def test_titles_name_models_as_people_do() -> None:
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(RenderError, match=r"cannot write .*no/flow.svg: No such file or directory"):
         nadhooks.render(nadhooks.flow_graph(THREE), tmp_path / "no" / "flow.svg")
+
+
+def test_words_that_a_file_has_for_edges_of_its_own_are_no_obstacle(tmp_path: Path) -> None:
+    header, tensors = header_and_tensors(mask_file.to_bytes(THREE.parts()))
+    header["wiring"][0] |= {"u_of_edge": "x", "v_of_edge": "y", "arrives": "weird", "join": "odd", "weight": "abc"}
+    (tmp_path / "odd").write_bytes(encoded(header, tensors))
+    graph = nadhooks.flow_graph(nadhooks.load(tmp_path / "odd"), "t0", joins=True)
+    assert graph.edges["input", "a"]["join"] == graph.nodes["a"]["join"] == "sequential"
+    for suffix in ("svg", "html", "mmd", "dot", "csv", "graphml"):
+        nadhooks.render(graph, tmp_path / f"odd.{suffix}")

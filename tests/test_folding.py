@@ -207,6 +207,17 @@ def test_soft_gates_scale_rows_to_rounding() -> None:
         torch.testing.assert_close(folded(x), hooked(model, masks, 1, x), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("between", [nn.ReLU6(), nn.Hardtanh(), nn.Softshrink(), nn.Threshold(0.5, 0.0)])
+def test_soft_gates_stay_behind_what_does_not_scale(between: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), between, nn.Linear(16, 4)).double()
+    example = vectors(4).double()[:, :1] * torch.linspace(-0.1, 0.1, 8, dtype=torch.float64)
+    masks = masks_of(model, "1", example, soft=True)
+    folded = nadhooks.sub_architecture(model, masks, 0, example=example)
+    for scale in (1, 10, 1000):
+        x = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * scale
+        torch.testing.assert_close(folded(x), hooked(model, masks, 0, x))
+
+
 def test_a_model_with_gates_attached_is_folded_without_them_and_keeps_them() -> None:
     model, x = seeded(Line), images()
     with nadhooks.attach(model, "conv1", example=x) as gates:

@@ -189,3 +189,30 @@ def test_agreement_is_jaccard_site_by_site_and_task_by_task() -> None:
     found = THREE.agreement(other.select([2, 1, 0]))  # tasks meet by label
     assert found["a"].tolist() == [0.5, 1, 1]
     assert found["b@input"].tolist() == [0, 1, 0]
+
+
+def test_autocast_has_no_say_in_similarity() -> None:
+    one = Masks((Site("a", 1, 3001, "a"),), {"a": torch.ones(2, 3001)}, Tasks.of(2), nx.DiGraph([("input", "a")]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bool((one.jaccard() == 1).all())
+
+
+def test_names_of_the_wirings_ends_are_no_names_of_sites() -> None:
+    for name in ("input", "output"):
+        with pytest.raises(SiteError, match=f"renamed: '{name}' is the name of an end of the wiring"):
+            THREE.renamed({"a": name})
+
+
+def test_a_fingerprint_does_not_outlive_the_names_that_it_is_of() -> None:
+    known = THREE.replaced(provenance={"structure": "sha256:0", "model": "m"})
+    assert known.renamed({"a": "c"}).provenance == {"model": "m"}
+
+
+def test_sets_of_whole_numbers_and_shares_keep_the_shares() -> None:
+    whole = THREE.replaced({name: value.long() for name, value in THREE.values.items()})
+    soft = THREE.replaced({name: 0.75 * value for name, value in THREE.values.items()})
+    truth = THREE.replaced({name: value.bool() for name, value in THREE.values.items()})
+    for masks in (whole, truth):
+        assert torch.equal((masks & soft)["a"], soft["a"])
+        assert torch.equal((soft & masks)["a"], soft["a"])
+        assert torch.equal((masks - soft)["a"], THREE["a"] * 0.25)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks.errors import DataError
+from nadhooks.errors import DataError, TaskError
 from nadhooks.evaluation import recognition, shuffled
 
 
@@ -72,3 +72,39 @@ def test_a_class_without_images_is_named() -> None:
             recognition(gates, [(LOGITS[:5], LABELS[:5])])
         with pytest.raises(DataError, match="got an empty one"):
             recognition(gates, [])
+
+
+def test_gates_are_lent_and_given_back_as_they_were() -> None:
+    model = Logits()
+    with nadhooks.attach(model, "copy", tasks=3, example=LOGITS) as gates:
+        two = gates.masks().select([0, 1])
+        before = gates.logits["copy"]
+        with torch.no_grad():
+            before.copy_(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)) * 2)  # beyond [0, 1]
+        values = before.detach().clone()
+        recognition(gates, [(LOGITS, LABELS)], two)
+        assert gates.logits["copy"] is before  # which an optimiser may hold
+        assert torch.equal(before, values)
+        assert len(gates.task_rows) == 3
+        full = recognition(gates, [(LOGITS, LABELS)])
+        with gates(1), gates.close("copy", [0]):
+            assert recognition(gates, [(LOGITS, LABELS)]) == full
+    with nadhooks.attach(model, "copy", tasks=3, closed="mean", example=LOGITS) as gates:  # not calibrated yet
+        assert recognition(gates, [(LOGITS, LABELS)]) == full
+
+
+def test_scores_that_tie_are_counted_at_their_own_thresholds() -> None:
+    values = torch.linspace(-1, 1, 100).repeat(2)  # each is that of one image of the class, and of one other
+    x = torch.stack([torch.zeros(200), values, torch.full((200,), -1e9)], 1)
+    labels = torch.cat([torch.ones(100), torch.zeros(100)]).long()
+    with nadhooks.attach(Logits(), "copy", tasks=[1], example=x) as gates:
+        (found,) = recognition(gates, [(x, labels)])
+    assert found.fpr95 == pytest.approx(0.95)
+
+
+def test_a_task_that_is_no_output_is_named() -> None:
+    with (
+        nadhooks.attach(Logits(), "copy", tasks={7: "seven"}, example=LOGITS) as gates,
+        pytest.raises(TaskError, match="task seven is not an output of the model, which has 0 to 2"),
+    ):
+        recognition(gates, [(LOGITS, torch.tensor([7, 0, 0, 0, 0, 0]))])

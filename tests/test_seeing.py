@@ -126,8 +126,8 @@ def test_what_cannot_be_done_is_said() -> None:
         nadhooks.what_units_see(Net(), graph(()), [SITE], batches())
     with pytest.raises(SiteError, match="no site 'fc'"):
         nadhooks.what_units_see(Net(), graph(), [SITE], batches(), units={"fc": [0]})
-    with pytest.raises(SiteError, match="conv: the model has no module 'conv'"):
-        nadhooks.what_units_see(nn.Linear(2, 2), graph(), [SITE], batches())
+    with pytest.raises(SiteError, match="conv"):
+        nadhooks.what_units_see(nn.Sequential(nn.Conv2d(1, 2, 1)), graph(), [SITE], batches())
     with pytest.raises(nadhooks.NadhooksError, match=r"expected a graph made by nadhooks.flow_graph, got a str"):
         nadhooks.what_units_see(Net(), "graph", [SITE], batches())
     with pytest.raises(RenderError, match="units see nothing"):
@@ -174,3 +174,22 @@ def test_contact_sheets_show_images_and_names(tmp_path: Path) -> None:
         nadhooks.contact_sheet(seen, tmp_path / "sheet.html")
     with pytest.raises(RenderError, match="no unit 'conv:9'"):
         nadhooks.contact_sheet(seen, tmp_path / "sheet.png", ["conv:9"])
+
+
+def test_sites_from_a_file_see_what_those_of_the_model_see(tmp_path: Path) -> None:
+    class Views(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv.weight.data[1] = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.conv(torch.cat([x, 2 * x.flip(-1)]))  # two views of each image
+            return both.unflatten(0, (2, len(x))).mean((0, 3, 4))
+
+    with nadhooks.attach(Views(), "conv", example=torch.randn(1, 1, 8, 8)) as gates:
+        masks = gates.masks()
+        assert gates.sites[0].views
+    masks.save(tmp_path / "masks")
+    loaded = nadhooks.load(tmp_path / "masks")
+    here, there = (nadhooks.what_units_see(Views(), graph(), each.sites, batches()) for each in (masks, loaded))
+    assert here.nodes["conv:0"] == there.nodes["conv:0"]

@@ -81,47 +81,47 @@ def recognition(
             )
         return found
 
-    before = gates.masks()
-    with frozen(model), torch.no_grad():
-        full = answered() if masks is None else None
-        try:
-            if masks is not None:
-                gates.load(masks)
-            for row, (label, name) in enumerate(zip(tasks.labels, tasks.names, strict=True)):
-                if not isinstance(label, int):
-                    raise TaskError(f"task {name}: expected a label that is an output of the model, got {label!r}")
-                if outputs is not None and label not in outputs:
-                    raise TaskError(f"task {name}: outputs= does not say which of the model's outputs mean it")
-                own = has(labels, label)
-                if not own.any() or own.all():
-                    raise DataError(f"task {name}: expected images of this class and of others, got one of them only")
-                if full is None:
-                    with gates(name):
-                        answers = answered()
-                else:
-                    answers = full
-                classes = (
-                    Data(loader, answers.shape[1], device, outputs)
-                    .classes(label)
-                    .expand(len(own), *[-1] * bool(outputs))
+    with frozen(model), torch.no_grad(), gates.lent():
+        full = None
+        if masks is None:
+            with gates.everything_open():
+                full = answered()
+        else:
+            gates.load(masks)
+        for row, (label, name) in enumerate(zip(tasks.labels, tasks.names, strict=True)):
+            if not isinstance(label, int):
+                raise TaskError(f"task {name}: expected a label that is an output of the model, got {label!r}")
+            if outputs is not None and label not in outputs:
+                raise TaskError(f"task {name}: outputs= does not say which of the model's outputs mean it")
+            own = has(labels, label)
+            if not own.any() or own.all():
+                raise DataError(f"task {name}: expected images of this class and of others, got one of them only")
+            if full is None:
+                with gates(name):
+                    answers = answered()
+            else:
+                answers = full
+            if outputs is None and not 0 <= label < answers.shape[1]:
+                last = answers.shape[1] - 1
+                raise TaskError(f"task {name} is not an output of the model, which has 0 to {last}")
+            classes = (
+                Data(loader, answers.shape[1], device, outputs).classes(label).expand(len(own), *[-1] * bool(outputs))
+            )
+            score = objectives.log_probability(answers.double(), classes, output)  # (images,)
+            said = objectives.correct(answers, classes, output)
+            wrongly, rightly, _ = roc_curve(own, score, drop_intermediate=False)  # the point at 95 % may be one
+            figures.append(
+                Recognition(
+                    name,
+                    float(masks.kept()[row]) if masks is not None else 1.0,
+                    float(said[own].double().mean()),
+                    float(said[~own].double().mean()),
+                    float(roc_auc_score(own, score)),
+                    float(wrongly[rightly >= 0.95].min()),
                 )
-                score = objectives.log_probability(answers.double(), classes, output)  # (images,)
-                said = objectives.correct(answers, classes, output)
-                wrongly, rightly, _ = roc_curve(own, score)
-                figures.append(
-                    Recognition(
-                        name,
-                        float(masks.kept()[row]) if masks is not None else 1.0,
-                        float(said[own].double().mean()),
-                        float(said[~own].double().mean()),
-                        float(roc_auc_score(own, score)),
-                        float(wrongly[rightly >= 0.95].min()),
-                    )
-                )
-                if progress:
-                    progress(row + 1, len(tasks))
-        finally:
-            gates.load(before)
+            )
+            if progress:
+                progress(row + 1, len(tasks))
     return figures
 
 

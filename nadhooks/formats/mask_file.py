@@ -294,7 +294,8 @@ def _wiring(edges: Sequence[Mapping[str, str]], names: Sequence[str]) -> nx.DiGr
             _refuse(f"a wiring that names {_shown(source)} -> {_shown(target)}, which are not both sites")
         if graph.has_edge(source, target):
             _refuse(f"a wiring with {_shown(source)} -> {_shown(target)} twice")
-        graph.add_edge(source, target, **data)
+        graph.add_edge(source, target)
+        graph.edges[source, target].update(data)  # whatever words they go by
     if not nx.is_directed_acyclic_graph(graph):
         _refuse("a wiring with a cycle")
     return nx.freeze(graph)

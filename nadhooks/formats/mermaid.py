@@ -54,7 +54,8 @@ def _shape(name: str, data: dict[str, Any]) -> str:
 
 
 def _strength(data: dict[str, Any]) -> float:
-    return float(data.get("weight", data.get("share", 1.0)))
+    weight = data.get("weight")
+    return float(weight if isinstance(weight, (int, float)) else data.get("share", 1.0))
 
 
 def _escaped(text: str) -> str:
