@@ -8,6 +8,7 @@ zero padding makes a border of it, one constant unit stays and carries the contr
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import warnings
@@ -41,6 +42,9 @@ SILENCING = {
 }
 
 
+SHIFTS = (0.0, 0.3, -0.3, 3.0, -3.0, 100.0, -100.0)  # of what layers put out, in its own largest
+
+
 @dataclass(frozen=True)
 class Shrinking:
     """What was cut, and how far the outputs are from the model's before.
@@ -68,9 +72,10 @@ def shrink(model: nn.Module, *, example: Any = None, multiple: int = 8) -> nn.Mo
     """A smaller copy of `model`, for instance of a `sub_architecture`, that puts out the same up to rounding.
 
     Its attribute `shrinking`, a `Shrinking`, says what was cut. A unit goes only if whatever reads it reads a constant,
-    for every input and not just for those at hand (checked with activations that let everything pass), or multiplies it
-    by zero. So units of a residual stream stay unless all that add to them are closed; attention keeps its heads, and
-    units that a layer or group norm averages over stay. Units whose gates became part of a module stay too.
+    for every input and not just for those at hand (checked with all that layers put out shifted by far in both
+    directions), or multiplies it by zero. So units of a residual stream stay unless all that add to them are closed;
+    attention keeps its heads, and units that a layer or group norm averages over stay. Units whose gates became part of
+    a module stay too.
 
     multiple: layers keep so many dead units that their widths are multiples of it, which most devices compute faster.
 
@@ -249,8 +254,17 @@ def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, Tenso
     """{layer: (units,)} the constant that it takes in from a unit whatever the model takes in; NaN for units that live.
 
     0 for those that it multiplies by zero. In the order in which layers first run.
+
+    What a few inputs do not move may be moved by others. So all that layers put out is shifted, in both directions and
+    by far, but for units whose weights make nothing of what lives; and once activations that silence some inputs let
+    everything pass, for norms may hold a shift back. Which those units are follows from what was found constant, until
+    no more are: at first all that have weights live.
     """
+    layers = list(filter(has_weights, model.modules()))
     ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    sizes: dict[nn.Module, float] = {}  # of what a layer puts out by itself
+    living = {layer: _fed(layer, None) for layer in layers}
+    shift = 0.0
 
     def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
         if not args:  # called with keywords: nothing is known of it
@@ -260,23 +274,61 @@ def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, Tenso
         lowest, highest = ranges.get(layer, (units.amin(1), units.amax(1)))
         ranges[layer] = torch.minimum(lowest, units.amin(1)), torch.maximum(highest, units.amax(1))
 
-    def run(mode: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    def move(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        if not shift:
+            sizes[layer] = max(sizes.get(layer, 0.0), float(out.detach().abs().amax()))
+            return None
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, living[layer].shape, generator=generator) * 2 - 1
+        lengths = 0.5 + torch.rand(signs.shape, generator=generator)  # of one length, a norm would take them for none
+        by = (shift * (sizes.get(layer, 0.0) + 1.0) * signs * lengths * living[layer]).to(out)
+        axis = layer_axis(layer, out.dim())
+        assert axis is not None  # a layer's
+        axis %= out.dim()
+        return out + by.reshape(-1, *[1] * (out.dim() - 1 - axis))
+
+    def run(mode: Any, shifts: Sequence[float]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        nonlocal shift
         ranges.clear()
         with ExitStack() as stack, mode:
-            for layer in filter(has_weights, model.modules()):
+            for layer in layers:
                 stack.callback(layer.register_forward_pre_hook(see).remove)
-            for each in inputs:
+                stack.callback(layer.register_forward_hook(move).remove)
+            for now, each in itertools.product(shifts, inputs):
+                shift = now
                 outputs(model, each)
         return dict(ranges)
 
+    while True:
+        passing, plain = run(_Passing(), [0.0]), run(nullcontext(), SHIFTS)
+        constant = {
+            layer: plain[layer][0].eq(plain[layer][1]) & passing[layer][0].eq(passing[layer][1]) for layer in plain
+        }
+        before, living = living, {layer: _fed(layer, constant.get(layer)) for layer in layers}
+        if all(map(torch.equal, before.values(), living.values())):
+            break
     found = {}
-    passing = run(_Passing())
-    for layer, (lowest, highest) in run(nullcontext()).items():
-        constant = (lowest == highest) & (passing[layer][0] == passing[layer][1])
+    for layer, (lowest, _) in plain.items():
         unread = own(layer, "weight").detach().transpose(0, 1).flatten(1).eq(0).all(1).cpu()
-        values = torch.where(constant, lowest, torch.full_like(lowest, torch.nan))
+        values = torch.where(constant[layer], lowest, torch.full_like(lowest, torch.nan))
         found[layer] = torch.where(unread, 0.0, values) if len(unread) == len(values) else values  # not if grouped
     return found
+
+
+def _fed(layer: nn.Module, constant: Tensor | None) -> Tensor:
+    """(units that a layer puts out,) whether its weights make something of what it takes in, but for constant units."""
+    weight = own(layer, "weight").detach().ne(0)
+    weight = weight.reshape(*weight.shape[:2], -1).any(2)
+    groups = getattr(layer, "groups", 1)
+    if isinstance(layer, _ConvTransposeNd):  # (in, out of a group)
+        if groups > 1:
+            return torch.ones(layer.out_channels, dtype=torch.bool)
+        weight = weight.T
+    weight = weight.cpu()
+    if constant is None:
+        return weight.any(1)
+    moving = (~constant).reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)
+    return (weight & moving).any(1)
 
 
 class _Passing(TorchFunctionMode):

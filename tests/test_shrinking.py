@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nadhooks
@@ -177,3 +179,49 @@ def test_models_of_the_zoos_get_smaller_and_put_out_the_same(name: str, selector
     with torch.no_grad():
         ours, theirs = small(x), folded(x)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * max(1, float(theirs.abs().max())))
+
+
+SILENT_FOR_SOME: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp_min": lambda x: x.clamp_min(0),
+    "clip": lambda x: torch.clip(x, min=0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros(())),
+    "where": lambda x: torch.where(x > 0, x, 0),
+    "product": lambda x: x * (x > 0),
+    "threshold": nn.Threshold(0.1, 0.0),
+    "softshrink": nn.Softshrink(),
+    "prelu": nn.PReLU(init=0.0),
+    "tanh": lambda x: torch.tanh(100 * x),
+    "sigmoid": lambda x: torch.sigmoid(1000 * x),
+    "erf": lambda x: torch.erf(100 * x),
+    "selu": lambda x: F.selu(1000 * x),
+    "norm": lambda x: F.layer_norm(x, x.shape[-1:]).clamp_min(0),
+}
+
+
+@pytest.mark.parametrize("name", SILENT_FOR_SOME)
+def test_units_that_are_silent_for_an_example_alone_stay(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 4)
+            self.between = SILENT_FOR_SOME[name]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.between(self.first(x)))
+
+    model, one = seeded(Net), torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).double()
+    smaller = nadhooks.shrink(model, example=one, multiple=1)
+    for scale in (1, 100):
+        x = torch.randn(200, 8, generator=torch.Generator().manual_seed(1)).double() * scale
+        torch.testing.assert_close(smaller(x), model(x))
+
+
+def test_units_that_read_dead_ones_alone_go_too() -> None:
+    first, second = nn.Linear(4, 8), nn.Linear(8, 8)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        first.weight[:4] = 0
+        second.weight[:2, 4:] = 0  # these read nothing else
+    smaller = cast(nn.Sequential, nadhooks.shrink(model, example=vectors(), multiple=1))
+    assert [cast(nn.Linear, smaller[place]).out_features for place in (0, 2)] == [4, 6]
+    torch.testing.assert_close(smaller(vectors()), model(vectors()))
