@@ -482,6 +482,11 @@ def test_verify_finds_what_the_file_states(measured_file: Path, capsys: pytest.C
     shifted.save("shifted")
     assert run("verify", "shifted", *verify[2:], *weights) == 1
     assert "the mean of AUC is not within 0.02 of what the file states" in capsys.readouterr().err
+    partly = masks.quality["recall"].index_fill(0, torch.tensor([1]), torch.nan)
+    nothing = torch.full_like(partly, torch.nan)
+    masks.replaced(quality={**masks.quality, "recall": partly, "fpr": nothing}).save("partly")
+    assert run("verify", "partly", *verify[2:], *weights) == 0
+    assert "none" in capsys.readouterr().out
     masks.replaced(provenance={**masks.provenance, "model": "timm.models.resnet.ResNet"}).save("scripted")
     assert run("verify", "scripted", *verify[2:]) == 1
     assert "scripted says that its model is timm.models.resnet.ResNet, which is not made" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import nadhooks
 from nadhooks.errors import MaskFileError
 from nadhooks.formats import container, mask_file
-from nadhooks.formats.writing import write_bytes
+from nadhooks.formats.writing import check_writable, write_bytes
 from nadhooks.masks import Masks
 from nadhooks.sites import Site
 from nadhooks.tasks import LONGEST, TEXT, Tasks
@@ -437,3 +437,21 @@ def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
     write_bytes(tmp_path / "ours", b"x")
     (tmp_path / "theirs").write_bytes(b"x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("link", "null"):
+        check_writable(tmp_path / name)
+        write_bytes(tmp_path / name, b"new")
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "null"]
+
+
+def test_names_may_be_as_long_as_the_file_system_has_room_for(tmp_path: Path) -> None:
+    for name in ("x" * 255, "模" * 85):
+        THREE.save(tmp_path / name)
+        assert nadhooks.load(tmp_path / name) == THREE

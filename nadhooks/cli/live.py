@@ -84,8 +84,13 @@ def _verify(options: argparse.Namespace) -> None:
         found = quality(recognition(gates, loader, masks, progress=update))
     shown, failed = table("measure", "stated >", "found >", "difference >", "largest of a task >"), []
     for measure in stated:
-        difference = found[measure] - masks.quality[measure]  # (tasks,)
-        means = float(masks.quality[measure].mean()), float(found[measure].mean()), float(difference.mean())
+        told = ~masks.quality[measure].isnan()  # not where it could not be measured then
+        if not told.any():
+            shown.add_row(HEADINGS[measure], "none", f"{float(found[measure].mean()):.3f}", "", "")
+            continue
+        difference = (found[measure] - masks.quality[measure]).where(told, torch.zeros(()))  # (tasks,)
+        parts = (masks.quality[measure], found[measure], difference)
+        means = [float(part[told].mean()) for part in parts]
         worst = int(difference.abs().argmax())
         shown.add_row(
             HEADINGS[measure],
