@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from .batching import finite
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
 from .gating import Closed, by_unit, gate, unit_sums
-from .masks import Masks
+from .masks import Masks, check_masks
 from .segments import Cut, Gated, Score, replaying
 from .sites import Site
 from .tracing import logits_of
@@ -161,8 +161,7 @@ def setting(
     batch: int,
 ) -> Iterator[Setting]:
     """The task's sub-architecture on the images; the model is in eval mode inside, its weights frozen."""
-    if not isinstance(masks, Masks):
-        raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
+    check_masks(masks)
     if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
         got = f"shape {tuple(images.shape)} of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError(
@@ -175,9 +174,11 @@ def setting(
     chosen = masks.select(task).hard()
     if len(chosen) != 1:
         raise TaskError(f"expected one task, got {len(chosen)}; draw one graph for each")
-    grid = (regions, regions) if isinstance(regions, int) else tuple(regions)
-    if len(grid) != 2 or min(grid) < 1:
+    grid = (regions, regions) if isinstance(regions, int) else tuple(regions) if isinstance(regions, Sequence) else ()
+    if len(grid) != 2 or not all(isinstance(number, int) and number >= 1 for number in grid):
         raise NadhooksError(f"regions: expected a number or (rows, columns) of at least 1, got {regions!r}")
+    if not isinstance(batch, int) or batch < 1:
+        raise NadhooksError(f"batch: expected a number of images of at least 1, got {batch!r}")
     device = next((p.device for p in model.parameters()), images.device)
     images = images.to(device)
     with attach(model, masks.sites, example=images[:1]) as attached:

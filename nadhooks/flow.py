@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import NadhooksError
 from .graphs import FlowGraph
 from .joins import JOINS, SEQUENTIAL
-from .masks import Masks
+from .masks import Masks, check_masks
 from .wiring import INPUT, OUTPUT
 
 Combine = Literal["union", "intersection", "difference"]
@@ -44,8 +44,7 @@ def flow_graph(masks: Masks, task: object = None, *, combine: Combine = "union",
 
     Raises TaskError for an unknown task.
     """
-    if not isinstance(masks, Masks):
-        raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
+    check_masks(masks)
     if combine not in ("union", "intersection", "difference"):
         raise NadhooksError(f"combine: expected 'union', 'intersection' or 'difference', got {combine!r}")
     chosen = masks if task is None else masks.select(task)

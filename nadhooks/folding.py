@@ -29,7 +29,7 @@ from .hookable import bare_copy, check_model
 from .hooking import on_site
 from .identity import misfit, parameters_of_sites, unlike
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
-from .masks import Masks
+from .masks import Masks, check_masks
 from .nesting import flatten
 from .sites import Site, find
 from .tracing import Trace, trace
@@ -107,6 +107,7 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
     without values or where no way gives the hooked model's outputs.
     """
     check_model(model)
+    check_masks(masks)
     if task is None and len(masks) != 1:
         some = ", ".join(masks.tasks[:4]) + (", …" if len(masks) > 4 else "")
         raise TaskError(f"expected one of the {len(masks)} tasks ({some}) as task=, got none")

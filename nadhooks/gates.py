@@ -21,7 +21,7 @@ from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hookable import check_model
 from .hooking import Handle, on_site
 from .identity import misfit, parameters_of_sites, structure_of, unlike, without_wrappers
-from .masks import Masks
+from .masks import Masks, check_masks
 from .sites import GIVEN, Axis, Site, Sites, described, find
 from .tasks import Tasks, TaskSpec
 from .tracing import Trace, call_model, trace
@@ -232,14 +232,19 @@ class Gates:
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Measures what closed="mean" needs: each unit's mean over the data, all samples and positions alike.
 
-        batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them. The model runs in eval mode
+        batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them, or dicts of arguments, in
+            which "labels" do not count. The model runs in eval mode
         with open gates. From then on closed units put out their means. Raises NadhooksError where there is no batch.
         """
+        if isinstance(batches, Tensor):
+            raise NadhooksError("calibrate: expected batches, got a tensor; pass a loader, or [images]")
         model, means = self.attached(), UnitMeans(self.sites)
         device = next((p.device for p in model.parameters()), None)
         with torch.no_grad(), undisturbed(model), self.everything_open(), self.watch(means.add):
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+                if isinstance(batch, Mapping):
+                    inputs = {name: x for name, x in batch.items() if name != "labels"}
                 call_model(model, copied(inputs if device is None else moved(inputs, device)))
         self.close_to_means(means)
 
@@ -293,8 +298,7 @@ class Gates:
         Optimisers keep working if the tasks are as many as before; otherwise the logits are new parameters.
         Raises SiteError where the masks do not fit, TaskError for another number of tasks inside `with gates(...)`.
         """
-        if not isinstance(masks, Masks):
-            raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
+        check_masks(masks)
         masks = without_wrappers(masks, self.sites)
         differ = unlike(masks, self.sites, self.parameters_behind)
         fitting = [site for site in self.sites if site in masks.sites]

@@ -13,7 +13,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from .errors import MaskFileError, SiteError, TaskError
+from .errors import MaskFileError, NadhooksError, SiteError, TaskError
 from .formats import mask_file, remote
 from .formats.mask_file import Stored, StoredValues
 from .formats.tables import masks_table
@@ -234,6 +234,7 @@ class Masks:
         return self._combined(other, lambda a, b: torch.minimum(a, 1 - b))
 
     def _combined(self, other: Masks, combine: Any) -> Masks:
+        check_masks(other)
         check_same_sites(other.sites, self.sites, "combine masks of one model and one choice of sites")
         if other.closed != self.closed:
             raise SiteError(f"expected masks whose closed units put out {self.closed!r}, got {other.closed!r}")
@@ -307,6 +308,8 @@ def merge(parts: Sequence[Masks]) -> Masks:
     """
     if not parts:
         raise TaskError("merge: expected at least one, got none")
+    for each in parts:
+        check_masks(each)
     first = parts[0]
     for other in parts[1:]:
         check_same_sites(other.sites, first.sites, "merge masks of one model and one choice of sites")
@@ -332,6 +335,12 @@ def merge(parts: Sequence[Masks]) -> Masks:
     own = [{k: v for k, v in each.provenance.items() if k not in shared} for each in parts]
     origin = {**shared, "merged": own} if any(own) else shared
     return first.replaced(values, tasks, origin, quality, constants or None)
+
+
+def check_masks(given: object) -> None:
+    """Raises NadhooksError for anything but masks."""
+    if not isinstance(given, Masks):
+        raise NadhooksError(f"expected Masks, got {type(given).__name__}; nadhooks.load(path) reads a file")
 
 
 def check_same_sites(got: Sequence[Site], expected: Sequence[Site], remedy: str) -> None:

@@ -62,6 +62,10 @@ def what_units_see(
     by_name = {site.name: site for site in sites}
     if missing := [name for name in wanted if name not in by_name]:
         raise SiteError(f"{missing[0]}: the graph has units of this site, but sites= does not hold it")
+    for name, chosen in wanted.items():
+        if not chosen or not all(0 <= unit < by_name[name].units for unit in chosen):
+            last = by_name[name].units - 1
+            raise SiteError(f"units: expected some of the units 0 to {last} of {name}, got {chosen}")
     watches = {name: Watch(by_name[name], torch.tensor(chosen), top) for name, chosen in wanted.items()}
     images = _watched(model, watches, loader)
     out = graph.copy()
@@ -166,6 +170,8 @@ def _wanted(graph: nx.DiGraph, units: Mapping[str, Sequence[int]] | None) -> dic
         for name, chosen in units.items():
             if name not in graph and name not in graph.graph.get("sites", {}):
                 raise SiteError(f"units: the graph has no site {name!r}")
+            if not isinstance(chosen, Iterable):
+                raise SiteError(f"units: expected a list of units of {name}, got {chosen!r}")
             wanted[name] = [int(unit) for unit in chosen]
         return wanted
     for _, data in graph.nodes(data=True):

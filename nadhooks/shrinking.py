@@ -81,6 +81,8 @@ def shrink(model: nn.Module, *, example: Any = None, multiple: int = 8) -> nn.Mo
 
     Raises NadhooksError where torch-pruning is not installed, ModelError where it cannot follow the model.
     """
+    if not isinstance(multiple, int) or multiple < 1:
+        raise NadhooksError(f"multiple: expected a whole number of at least 1, got {multiple!r}")
     pruning = _torch_pruning()
     check_model(model)
     example = zoo.example_for(model) if example is None else example

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import networkx as nx
 import pytest
 import torch
 
 import nadhooks
-from nadhooks.errors import NadhooksError
+from nadhooks.errors import NadhooksError, SiteError
 from nadhooks.evaluation import Agreement
 
 from .nets import Line, Split, images, seeded, vectors
@@ -89,3 +90,25 @@ def test_other_graphs_are_refused() -> None:
     masks = masks_of(model, ["a", "b"], X)
     with pytest.raises(NadhooksError, match=r"expected a graph made by nadhooks.unit_flow"):
         nadhooks.verify(model, masks, nadhooks.flow_graph(masks), X)
+
+
+def test_options_out_of_range_are_named() -> None:
+    model = Planted().double()
+    masks = masks_of(model, ["a", "b"], X)
+    graph = nadhooks.unit_flow(model, masks, 0, X)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"batch": 0}, "batch: expected a number of images of at least 1, got 0"),
+        ({"rounds": 0}, "rounds: expected a whole number of at least 1, got 0"),
+        ({"units": 0}, "units: expected a whole number"),
+        ({"patches": 1.5}, "patches: expected a whole number of at least 0, got 1.5"),
+        ({"share": -1}, "share: expected a share above 0 and at most 1, got -1"),
+        ({"share": 5}, "share: expected a share"),
+    ]
+    for options, told in wrong:
+        with pytest.raises(NadhooksError, match=told):
+            nadhooks.verify(model, masks, graph, X, **options)
+    with pytest.raises(SiteError, match="the graph has the site 'b', which the masks have not"):
+        nadhooks.verify(model, masks_of(model, ["a"], X), graph, X)
+    for regions in ("ab", 0.5, (2, 0), (1, 2, 3)):
+        with pytest.raises(NadhooksError, match="regions: expected a number or"):
+            nadhooks.unit_flow(model, masks, 0, X, regions=regions)  # type: ignore[arg-type]

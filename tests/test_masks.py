@@ -7,7 +7,7 @@ import networkx as nx
 import pytest
 import torch
 
-from nadhooks.errors import SiteError, TaskError
+from nadhooks.errors import MaskFileError, NadhooksError, SiteError, TaskError
 from nadhooks.gating import Closed
 from nadhooks.masks import Masks, merge
 from nadhooks.sites import Site
@@ -216,3 +216,11 @@ def test_sets_of_whole_numbers_and_shares_keep_the_shares() -> None:
         assert torch.equal((masks & soft)["a"], soft["a"])
         assert torch.equal((soft & masks)["a"], soft["a"])
         assert torch.equal((masks - soft)["a"], THREE["a"] * 0.25)
+
+
+def test_other_things_than_masks_are_named() -> None:
+    for wrong in (lambda: THREE & 3, lambda: merge([THREE, 3])):  # type: ignore[operator, list-item]
+        with pytest.raises(NadhooksError, match=r"expected Masks, got int; nadhooks.load\(path\) reads a file"):
+            wrong()
+    with pytest.raises(MaskFileError, match="expected a path, got None"):
+        THREE.save(None)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks.errors import DataError, TaskError
+from nadhooks.errors import DataError, NadhooksError, TaskError
 from nadhooks.evaluation import recognition, shuffled
 
 
@@ -108,3 +108,22 @@ def test_a_task_that_is_no_output_is_named() -> None:
         pytest.raises(TaskError, match="task seven is not an output of the model, which has 0 to 2"),
     ):
         recognition(gates, [(LOGITS, torch.tensor([7, 0, 0, 0, 0, 0]))])
+
+
+def test_options_that_are_none_are_named() -> None:
+    with nadhooks.attach(Logits(), "copy", tasks=3, example=LOGITS) as gates:
+        with pytest.raises(NadhooksError, match="expected Masks, got str"):
+            recognition(gates, [(LOGITS, LABELS)], "masks")  # type: ignore[arg-type]
+        with pytest.raises(NadhooksError, match="output: expected 'softmax' or 'sigmoid', got 'foo'"):
+            recognition(gates, [(LOGITS, LABELS)], output="foo")  # type: ignore[arg-type]
+
+
+def test_gates_are_calibrated_on_batches_of_any_form() -> None:
+    with nadhooks.attach(Logits(), "copy", example=LOGITS) as gates:
+        found = []
+        for batches in ([LOGITS], [(LOGITS, LABELS)], [{"x": LOGITS, "labels": LABELS}]):
+            gates.calibrate(batches)
+            found.append(gates.constants["copy"])
+        assert all(torch.equal(means, LOGITS.mean(0)) for means in found)
+        with pytest.raises(NadhooksError, match=r"expected batches, got a tensor; pass a loader, or \[images\]"):
+            gates.calibrate(LOGITS)

@@ -130,6 +130,9 @@ def test_what_cannot_be_done_is_said() -> None:
         nadhooks.what_units_see(nn.Sequential(nn.Conv2d(1, 2, 1)), graph(), [SITE], batches())
     with pytest.raises(nadhooks.NadhooksError, match=r"expected a graph made by nadhooks.flow_graph, got a str"):
         nadhooks.what_units_see(Net(), "graph", [SITE], batches())
+    for units in ([99], [], [-1], 1):
+        with pytest.raises(SiteError, match="units: expected"):
+            nadhooks.what_units_see(Net(), graph(), [SITE], batches(), units={"conv": units})  # type: ignore[dict-item]
     with pytest.raises(RenderError, match="units see nothing"):
         contact_scene(graph(), None, 252)
 

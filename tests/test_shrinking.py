@@ -225,3 +225,8 @@ def test_units_that_read_dead_ones_alone_go_too() -> None:
     smaller = cast(nn.Sequential, nadhooks.shrink(model, example=vectors(), multiple=1))
     assert [cast(nn.Linear, smaller[place]).out_features for place in (0, 2)] == [4, 6]
     torch.testing.assert_close(smaller(vectors()), model(vectors()))
+
+
+def test_multiples_below_1_are_refused() -> None:
+    with pytest.raises(NadhooksError, match="multiple: expected a whole number of at least 1, got 0"):
+        nadhooks.shrink(seeded(Line), example=images(), multiple=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..effects import Setting, setting
-from ..errors import NadhooksError
+from ..errors import NadhooksError, SiteError
 from ..flow_like import UNIT_FLOW, check_flow
 from ..hooking import on_site
 from ..masks import Masks
@@ -105,11 +105,20 @@ def verify(
     check_flow(graph, UNIT_FLOW)
     if graph.graph.get("level") != "unit":
         raise NadhooksError(f"expected a graph made by {UNIT_FLOW}, got one of whole sites")
+    for name, number, least in (("units", units, 1), ("patches", patches, 0), ("rounds", rounds, 1)):
+        if not isinstance(number, int) or number < least:
+            raise NadhooksError(f"{name}: expected a whole number of at least {least}, got {number!r}")
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise NadhooksError(f"share: expected a share above 0 and at most 1, got {share!r}")
     task, reference = graph.graph["tasks"][0], graph.graph["reference"]
     grid = next(
         ((data["rows"], data["columns"]) for _, data in graph.nodes(data=True) if data["kind"] == INPUT), (1, 1)
     )
     with setting(model, masks, task, images, reference, grid, batch) as found, torch.no_grad():
+        if other := set(graph.graph["sites"]) - set(found.sites):
+            raise SiteError(
+                f"the graph has the site {min(other)!r}, which the masks have not; pass those it was made of"
+            )
         sources = _spread_out(_sources(graph), units)
         patched = _patches(graph, patches)
         totals: dict[Any, float] = {}

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import objectives
 from ..as_found import frozen
 from ..batching import copied, moved
-from ..errors import DataError, TaskError
+from ..errors import DataError, NadhooksError, TaskError
 from ..gates import Gates
-from ..masks import Masks
+from ..masks import Masks, check_masks
 from ..objectives import Output
 from ..sampling import Data, has, read
 from ..tasks import Label
@@ -63,6 +63,10 @@ def recognition(
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
+    if masks is not None:
+        check_masks(masks)
+    if output not in ("softmax", "sigmoid"):
+        raise NadhooksError(f"output: expected 'softmax' or 'sigmoid', got {output!r}")
     tasks = masks.task_rows if masks is not None else gates.task_rows
     model = gates.attached()
     batches = [(inputs, labels) for inputs, labels, _ in read(loader)]

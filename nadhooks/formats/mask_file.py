@@ -142,6 +142,8 @@ def from_bytes(data: bytes) -> Parts:
 
 
 def write(path: str | PathLike[str], parts: Parts) -> None:
+    if not isinstance(path, (str, PathLike)):
+        raise MaskFileError(f"expected a path, got {path!r}")
     try:
         write_bytes(path, to_bytes(parts))
     except OSError as error:
