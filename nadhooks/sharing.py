@@ -211,7 +211,8 @@ def _tasks(masks: Masks) -> str:
     network = stated.get("network") if isinstance(stated, Mapping) else None
     if isinstance(network, Mapping) and any(isinstance(network.get(name), (int, float)) for name in measures):
         full = [network.get(name) for name in measures]
-        shown = [_figure(torch.tensor(value)) if isinstance(value, (int, float)) else "" for value in full]
+        shares = [isinstance(value, (int, float)) and 0 <= value <= 1 for value in full]  # a stranger may have any
+        shown = [_figure(torch.tensor(value)) if share else "" for value, share in zip(full, shares, strict=True)]
         rows.append(["**full network**", "", "100 %", *shown])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     if len(masks) > TASKS_SHOWN:

@@ -597,6 +597,15 @@ def test_the_authors_checkpoints_become_a_mask_file(capsys: pytest.CaptureFixtur
     torch.save({"mask.0": torch.nn.Linear(1, 1)}, "checkpoint/000/net_iter001.pth")  # pickled code
     assert run("convert", "checkpoint", MODEL, "-o", "m") == 1
     assert "not a checkpoint that can be read safely" in capsys.readouterr().err
+    torch.save({"mask.0": torch.zeros(1, 8, 1, 1).to_sparse()}, "checkpoint/000/net_iter001.pth")
+    assert run("convert", "checkpoint", MODEL, "-o", "m") == 1
+    assert "mask.0 is not a tensor of logits" in capsys.readouterr().err
+    Path("checkpoint/000/net_iter001.pth").write_bytes(b"\x80\x02garbage")
+    assert run("convert", "checkpoint", MODEL, "-o", "m") == 1
+    assert "not a checkpoint that can be read safely" in capsys.readouterr().err
+    Path("checkpoint/0").mkdir()
+    assert run("convert", "checkpoint", MODEL, "-o", "m") == 1
+    assert "are one class" in capsys.readouterr().err
 
 
 def test_push_publishes_what_inspect_then_finds(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:

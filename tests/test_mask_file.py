@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -455,3 +456,20 @@ def test_names_may_be_as_long_as_the_file_system_has_room_for(tmp_path: Path) ->
     for name in ("x" * 255, "模" * 85):
         THREE.save(tmp_path / name)
         assert nadhooks.load(tmp_path / name) == THREE
+
+
+def test_nothing_is_saved_that_would_not_be_read(tmp_path: Path) -> None:
+    constants = {name: torch.zeros(value.shape[1]) for name, value in THREE.values.items()}
+    means = replace(THREE, closed="mean", constants=constants)
+    wrong = [
+        replace(means, constants={**constants, "a": torch.full((4,), torch.nan)}),
+        replace(means, constants={**constants, "a": torch.zeros(4).long()}),
+        THREE.replaced(quality={"of\nlines": torch.zeros(3)}),
+        THREE.replaced(quality={"x" * 3000: torch.zeros(3)}),
+    ]
+    for each in wrong:
+        with pytest.raises(MaskFileError, match="cannot be saved"):
+            each.save(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+    replace(THREE, constants=constants).save(tmp_path / "m")  # which mean nothing where closed units put out zero
+    assert nadhooks.load(tmp_path / "m") == THREE

@@ -224,3 +224,11 @@ def test_other_things_than_masks_are_named() -> None:
             wrong()
     with pytest.raises(MaskFileError, match="expected a path, got None"):
         THREE.save(None)  # type: ignore[arg-type]
+
+
+def test_figures_of_other_tasks_and_masks_do_not_go_along() -> None:
+    known = {"images": 360, "network": {"recall": 0.9}, "random": {"recall": 0.1}}
+    measured = THREE.replaced(provenance={"quality": known, "model": "m"})
+    for masks in (measured.select([0, 1]), measured.hard(), measured & measured):
+        assert masks.provenance == {"quality": {"images": 360}, "model": "m"}
+    assert measured.replaced(quality={}).provenance["quality"] == known

@@ -128,8 +128,12 @@ def to_bytes(parts: Parts) -> bytes:
         "provenance": _plain(parts.provenance),
     }
     _check(header, "cannot be saved: ")
+    for name, value in parts.constants.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise MaskFileError(f"cannot be saved: what closed units of {name!r} put out are not finite numbers")
     tensors = {f"mask/{name}": _packed(value) for name, value in parts.values.items()}
-    tensors |= {f"{parts.closed}/{name}": value for name, value in parts.constants.items()}
+    if parts.closed != "zero":
+        tensors |= {f"{parts.closed}/{name}": value for name, value in parts.constants.items()}
     tensors |= {f"quality/{name}": value.float() for name, value in parts.quality.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -144,8 +148,13 @@ def from_bytes(data: bytes) -> Parts:
 def write(path: str | PathLike[str], parts: Parts) -> None:
     if not isinstance(path, (str, PathLike)):
         raise MaskFileError(f"expected a path, got {path!r}")
+    data = to_bytes(parts)
     try:
-        write_bytes(path, to_bytes(parts))
+        from_bytes(data)
+    except MaskFileError as error:
+        raise MaskFileError(f"cannot be saved: {error}") from error
+    try:
+        write_bytes(path, data)
     except OSError as error:
         raise MaskFileError(f"cannot write {path}: {error.strerror or error}") from error
 
