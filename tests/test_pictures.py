@@ -170,6 +170,17 @@ def test_edges_that_pass_over_sites_do_not_cross_them() -> None:
     assert all(y < passed.y for y in over)
 
 
+def test_a_very_long_name_is_shortened_and_ends_above_the_legend() -> None:
+    long = "b" * 200
+    edges = [("input", "a"), ("a", long), (long, "output")]
+    graph = site_graph({"a": 4, long: 4}, {"cat": {"a": [0]}}, edges, model="")
+    picture = scene(graph, "double")
+    assert picture.height < 400
+    turned = [shape for shape in picture.shapes if isinstance(shape, Text) and shape.turned and "b…b" in shape.text]
+    assert len(turned) == 1
+    assert turned[0].y < min(shape.y for shape in picture.shapes if isinstance(shape, Text) and shape.text == "kept")
+
+
 def test_nothing_leaves_the_sheet_and_labels_do_not_touch() -> None:
     for graph in (BRANCHES, chain(1), chain(17, 2048), chain(60, 768, "stages.2.blocks.{}.attn.proj"), unit_graph(9)):
         for width in ("single", "double") if len(graph) < 20 else ("double",):

@@ -12,6 +12,7 @@ SIZES = (7.5, 7.0, 6.5, 6.0)  # of letters, in points
 SMALL_SIZES = (5.5, 5.0, 4.6)
 HEADERS = (6.5, 6.0, 5.5, 5.0)
 BREAKS = "._/-"
+LONGEST = 180.0  # of turned labels, in points
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def label(columns: list[list[str]], pitch: float) -> Labels:
             for name in names
         }
         return Labels(lines, 5.0, False, 4.4, headers)
-    return Labels({name: [texts[name]] for name in names}, size, True, size, headers)
+    return Labels({name: [shortened(texts[name], size, LONGEST)] for name in names}, size, True, size, headers)
 
 
 def _level(
