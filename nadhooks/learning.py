@@ -66,9 +66,10 @@ def learn(
     """Learns a mask for each task: which units of `model` that task needs.
 
     loader: yields (inputs, labels), labels (batch,) being the model's own output indices, as in any training loop; or
-        (batch, outputs) of 0 and 1 where a sample has several (one that has none is left out). Inputs are a tensor, a
-        list with an entry for each sample, or a tuple or dict of such, as for the model. A third part is handed to the
-        objective as targets. A batch may be a dict with "labels" instead; the rest are the model's arguments.
+        (batch, outputs) of 0 and 1 where a sample has several (one that has none is left out). Inputs are a tensor or
+        array, a list with an entry for each sample, or a tuple or dict of such, as for the model. A third part is
+        handed to the objective as targets. A batch may be a dict with "labels" instead; the rest are the model's
+        arguments.
     sites, axis, example: as for `attach`; the example is a sample of the loader by default.
     tasks: as for `attach`; None means every label that the loader shows. Samples of other labels serve as contrast.
     method: "contrastive" (default), "class-only", "nad" (the paper's), a baseline ("random", "activation", "taylor",

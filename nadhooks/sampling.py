@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .batching import described, digest, join, moved, nbytes, pick, pickable, singles, size, sizes
 from .errors import LearningError, TaskError
@@ -105,6 +107,7 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
             got = f"{type(batch).__name__}{keys}"
             raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {got}")
         inputs = (batch[0],) if isinstance(batch[0], list) else batch[0]  # models take a list as their one argument
+        inputs = pytree.tree_map_only(np.ndarray, torch.as_tensor, inputs)
         samples = size(inputs)
         inputs = inputs if samples is None else pickable(inputs, samples)
         if samples is None:

@@ -347,6 +347,11 @@ def test_batches_may_be_dicts_with_labels() -> None:
         nadhooks.learn(model, [{"label": labels, "vectors": x} for x, labels in data], "act")
 
 
+def test_batches_may_be_numpys() -> None:
+    data = [(x.numpy(), labels.numpy()) for x, labels in loader()]
+    assert torch.equal(nadhooks.learn(net(), data, "act")["act"], nadhooks.learn(net(), loader(), "act")["act"])
+
+
 def test_outputs_without_logits_are_named() -> None:
     class Pixels(Mlp):
         def forward(self, x: Tensor) -> Any:
