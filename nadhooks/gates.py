@@ -233,8 +233,10 @@ class Gates:
         """Measures what closed="mean" needs: each unit's mean over the data, all samples and positions alike.
 
         batches: inputs, or (inputs, labels) pairs as a training loop's loader yields them, or dicts of arguments, in
-            which "labels" do not count. The model runs in eval mode
-        with open gates. From then on closed units put out their means. Raises NadhooksError where there is no batch.
+            which "labels" do not count.
+
+        The model runs in eval mode with open gates. From then on closed units put out their means. Raises NadhooksError
+        where there is no batch.
         """
         if isinstance(batches, Tensor):
             raise NadhooksError("calibrate: expected batches, got a tensor; pass a loader, or [images]")

@@ -40,9 +40,7 @@ SILENCING = {
     *(torch.relu, torch.relu_, torch.clamp, torch.clamp_, F.relu_, F.hardtanh_, F.elu_, F.leaky_relu_),
     *(Tensor.relu, Tensor.relu_, Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_),
 }
-
-
-SHIFTS = (0.0, 0.3, -0.3, 3.0, -3.0, 100.0, -100.0)  # of what layers put out, in its own largest
+SHIFTS = (0.0, 0.3, -0.3, 3.0, -3.0, 100.0, -100.0)  # of what layers put out, by so many times its largest
 
 
 @dataclass(frozen=True)
@@ -292,6 +290,7 @@ def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, Tenso
     def run(mode: Any, shifts: Sequence[float]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         nonlocal shift
         ranges.clear()
+        sizes.clear()
         with ExitStack() as stack, mode:
             for layer in layers:
                 stack.callback(layer.register_forward_pre_hook(see).remove)
@@ -306,7 +305,7 @@ def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, Tenso
         constant = {
             layer: plain[layer][0].eq(plain[layer][1]) & passing[layer][0].eq(passing[layer][1]) for layer in plain
         }
-        before, living = living, {layer: _fed(layer, constant.get(layer)) for layer in layers}
+        before, living = living, {layer: living[layer] & _fed(layer, constant.get(layer)) for layer in layers}
         if all(map(torch.equal, before.values(), living.values())):
             break
     found = {}
