@@ -10,6 +10,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
+from .default_device import made_on_cpu
 from .errors import NadhooksError
 from .flow_like import check_flow
 from .masks import Masks
@@ -113,6 +114,7 @@ def max_flow(graph: nx.DiGraph) -> MaxFlow:
     return MaxFlow(float(value), cut)
 
 
+@made_on_cpu
 def communities(masks: Masks, seed: int = 0) -> Communities:
     """Groups of tasks by the units that they share, and the modularity of that division (Newman, 2006).
 
@@ -137,6 +139,7 @@ def communities(masks: Masks, seed: int = 0) -> Communities:
     return Communities(float(modularity), tuple(named))
 
 
+@made_on_cpu
 def overlap_curve(masks: Masks) -> list[Overlap]:
     """How alike two tasks' units are at each stage, from the input to the output: where classes share and part.
 

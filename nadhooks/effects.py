@@ -20,7 +20,7 @@ from .gating import Closed, by_unit, gate, unit_sums
 from .masks import Masks, check_masks
 from .segments import Cut, Gated, Score, replaying
 from .sites import Site
-from .tracing import logits_of
+from .tracing import call_model, logits_of
 from .wiring import INPUT, OUTPUT
 
 Weighting = Literal["class", "pooled"]
@@ -195,7 +195,7 @@ def setting(
             (grid[0], grid[1]) if images.dim() == 4 else (1, 1),
         )  # fmt: skip
         with torch.no_grad():
-            outputs = logits_of(model(images[:1])).shape[1]
+            outputs = logits_of(call_model(model, images[:1])).shape[1]
         if found.label >= outputs:
             raise TaskError(f"task {chosen.tasks[0]} is not an output of the model, which has 0 to {outputs - 1}")
         reference = reference or chosen.closed

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import networkx as nx
 from torch import Tensor
 
+from .default_device import made_on_cpu
 from .errors import NadhooksError
 from .graphs import FlowGraph
 from .joins import JOINS, SEQUENTIAL
@@ -19,6 +20,7 @@ LISTED = 32  # graphs of more tasks do not list every task's units at every site
 RECENT = 64  # joins that are looked at again for each new one
 
 
+@made_on_cpu
 def flow_graph(masks: Masks, task: object = None, *, combine: Combine = "union", joins: bool = False) -> nx.DiGraph:
     """The information flow of one task (a name or label), of several (a list), or of all tasks over each other.
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from . import zoo
 from .comparing import close, difference, largest, outputs, scaled, varied
+from .default_device import made_on_cpu
 from .errors import ModelError, TaskError
 from .gated import put_gate
 from .gating import gate
@@ -92,6 +93,7 @@ _SAID: dict[How, str] = {
 Rows = Mapping[str, tuple[Tensor, Tensor | None]]  # site -> gates (units,), what closed units put out (units,)
 
 
+@made_on_cpu
 def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, example: Any = None) -> nn.Module:
     """The part of `model` that one task keeps, as an ordinary module without hooks; `model` itself is not changed.
 

@@ -16,6 +16,7 @@ from ._version import __version__
 from .acting import Passing, SiteGate, forget_compiled, known_open
 from .as_found import undisturbed
 from .batching import copied, moved
+from .default_device import made_on_cpu
 from .errors import LearningError, NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hookable import check_model
@@ -28,6 +29,7 @@ from .tracing import Trace, call_model, trace
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
 
 
+@made_on_cpu
 def attach(
     model: nn.Module,
     sites: Sites | None = None,
@@ -141,6 +143,7 @@ class Gates:
         self.wiring = nx.freeze(self.wiring.subgraph(node for node in self.wiring if node not in dead).copy())
         return tuple(site for site in found if site.name not in dead)
 
+    @made_on_cpu
     def rewire(self, example: Any = None) -> nx.DiGraph:
         """A second opinion on `wiring`, by perturbation: one forward pass a site. Returns and keeps what it confirms.
 
@@ -229,6 +232,7 @@ class Gates:
         finally:
             self._watch = before
 
+    @made_on_cpu
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Measures what closed="mean" needs: each unit's mean over the data, all samples and positions alike.
 
@@ -289,6 +293,7 @@ class Gates:
                 )
         return Masks(self.sites, values, tasks, self.wiring, closed, constants, origin | dict(provenance))
 
+    @made_on_cpu
     def load(self, masks: Masks, *, strict: bool = True) -> dict[str, str]:
         """Sets every gate to exactly the mask's value, and tasks and closed values to those of the masks.
 

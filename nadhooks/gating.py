@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batching import few
+from .default_device import made_on_cpu
 from .errors import NadhooksError, SiteError, TaskError
 from .sites import Site
 
@@ -154,6 +155,7 @@ class Clip(torch.autograd.Function):
         return grad.masked_fill(outward, 0)
 
 
+@made_on_cpu
 def chosen_units(units: object, site: Site) -> Tensor:
     """An index, indices or booleans as a (units,) boolean tensor."""
     wrong = f"{site.name}: expected units from 0 to {site.units - 1}, or {site.units} booleans, got {units!r}"

@@ -23,6 +23,7 @@ from .as_found import frozen
 from .batching import copied, digest, moved
 from .budgets import Budget, Selection
 from .checkpoints import Checkpoint
+from .default_device import made_on_cpu
 from .errors import ModelError, NadhooksError, TaskError
 from .faithfulness import faithful
 from .gates import attach, check_closed
@@ -41,6 +42,7 @@ from .tracing import call_model, logits_of
 CACHE_BYTES = 2 * 2**30
 
 
+@made_on_cpu
 def learn(
     model: nn.Module,
     loader: Iterable[Any],
@@ -89,7 +91,8 @@ def learn(
         measured on it (otherwise on every fifth sample of the loader).
     seed: decides initial scores and draws, for each task alone: the order of tasks changes nothing.
     autocast: a dtype to compute in, torch.bfloat16 or torch.float16 where the hardware is fast in it. Scores stay as
-        they are. A `torch.autocast` around the call has no say.
+        they are. A `torch.autocast` around the call has no say. A default device has one in the model and the loader;
+        what objectives and other callables make is on the CPU if they do not say where.
     cache: bytes for the open network's answers, which are the same whenever an image comes again.
     checkpoint: a file that says every `every` seconds how far the run is. The same call goes on where it stopped, with
         the same masks in the end (on the CPU, to the last bit); the file goes when the run is over. A loader that shows

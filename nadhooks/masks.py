@@ -13,6 +13,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
+from .default_device import made_on_cpu
 from .errors import MaskFileError, NadhooksError, SiteError, TaskError
 from .formats import mask_file, remote
 from .formats.mask_file import Stored, StoredValues
@@ -136,6 +137,7 @@ class Masks:
         """(tasks, units) booleans: the units of one site whose gate is above 0.5."""
         return self.values.kept(site) if isinstance(self.values, StoredValues) else self[site] > 0.5
 
+    @made_on_cpu
     def jaccard(self) -> Tensor:
         """(tasks, tasks) similarity: the mean over sites of |A∩B| / |A∪B| of the units kept (gate > 0.5).
 
@@ -150,6 +152,7 @@ class Masks:
             total += torch.where(either > 0, both.double() / either.clamp(min=1), torch.ones_like(total))
         return total / len(self.sites)
 
+    @made_on_cpu
     def agreement(self, other: Masks) -> dict[str, Tensor]:
         """{site: (tasks,) |A∩B| / |A∪B|} with other masks, task by task (1 where neither keeps a unit of the site).
 

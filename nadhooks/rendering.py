@@ -8,6 +8,7 @@ from os import PathLike
 import networkx as nx
 
 from . import formats
+from .default_device import made_on_cpu
 from .flow import flow_graph
 from .graphs import FlowGraph
 from .masks import Masks
@@ -40,6 +41,7 @@ def read_graph(path: str | PathLike[str]) -> FlowGraph:
     return FlowGraph(formats.read_graph(path))
 
 
+@made_on_cpu
 def contact_sheet(
     graph: nx.DiGraph,
     path: str | PathLike[str],

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .batching import described, digest, join, moved, nbytes, pick, pickable, singles, size, sizes
+from .default_device import users_device
 from .errors import LearningError, TaskError
 from .methods import Method, Samples
 from .tasks import Label, Tasks
@@ -99,7 +100,7 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
     """
     if not isinstance(loader, Iterable):
         raise LearningError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}")
-    for batch in loader:
+    for batch in _batches(loader):
         if isinstance(batch, Mapping) and "labels" in batch:
             batch = {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
         if not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
@@ -131,6 +132,18 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
             labels = labels.long()
         if samples:
             yield inputs, labels.cpu(), _targets(batch[2], samples) if len(batch) > 2 else None
+
+
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
+    with users_device():
+        batches = iter(loader)
+    while True:
+        try:
+            with users_device():
+                batch = next(batches)
+        except StopIteration:
+            return
+        yield batch
 
 
 def _targets(given: Any, samples: int) -> Any:

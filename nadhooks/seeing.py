@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from .as_found import undisturbed
 from .batching import described, finite
+from .default_device import made_on_cpu
 from .errors import DataError, NadhooksError, SiteError
 from .flow_like import check_flow
 from .hooking import on_site
 from .sampling import read
 from .sites import Site, find
-from .tracing import trace
+from .tracing import call_model, trace
 
 MASS = 0.8  # share of the squared gradient that a crop holds
 PREFIX = 8  # tokens before those of the patches: class, distillation, registers
 
 
+@made_on_cpu
 def what_units_see(
     model: nn.Module,
     graph: nx.DiGraph,
@@ -204,7 +206,7 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch], loader: Iterable[An
                     stack.callback(on_site(model, site, watches[site.name].see).remove)
                 _measure(model, watches, images[:4].to(device))
             with torch.no_grad():
-                model(images.to(device))
+                call_model(model, images.to(device))
             listed = labels.tolist()
             for watch in watches.values():
                 watch.update(listed, first)
@@ -223,7 +225,7 @@ def _measure(model: nn.Module, watches: Mapping[str, Watch], images: Tensor) -> 
     for watch in watches.values():
         x = images.clone().requires_grad_()
         with torch.enable_grad():
-            model(x)
+            call_model(model, x)
             if watch.now is None:
                 raise SiteError(f"{watch.site.name}: the model did not reach this site")
             active, grid = activations(watch.now, watch.site, len(images))

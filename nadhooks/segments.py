@@ -19,6 +19,7 @@ from .errors import SiteError
 from .gating import gate
 from .hooking import beside, on_site, running
 from .sites import Site
+from .tracing import call_model
 
 Score = Callable[[Any], Tensor]  # from what the model puts out to one number, summed over the images
 Gated = Mapping[str, tuple[Tensor, Tensor | None]]  # {site: (1, units) gates, (units,) closed values or None for zero}
@@ -65,7 +66,7 @@ class Cut:
             for site in sites:
                 stack.callback(on_site(model, site, partial(cut, site)).remove)
             stack.enter_context(torch.enable_grad())
-            self.entering["output"] = score(model(self.leaving["input"].clone()))
+            self.entering["output"] = score(call_model(model, self.leaving["input"].clone()))
         self.gradient = self._gradients(gates)
 
     def _gradients(self, gates: Gated) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ class Replay:
         images = value if source == "input" else self.leaving["input"]
         try:
             with torch.no_grad():
-                outputs = self.model(copy(images))
+                outputs = call_model(self.model, copy(images))
                 seen["output"] = self.score(outputs)
         except _Stop:
             pass
@@ -168,7 +169,7 @@ class Replay:
             stack.callback(on_site(self.model, site, partial(self._changed, site)).remove)
         with ExitStack() as recording, torch.no_grad():
             self._watch_modules(recording)
-            self.entering["output"] = self.score(self.model(copy(self.leaving["input"])))
+            self.entering["output"] = self.score(call_model(self.model, copy(self.leaving["input"])))
         kept = {name: self.model.get_submodule(name) for name in self._outputs}
         forwards = {module: _Remembered(self, name, module.forward) for name, module in kept.items()}
         stack.enter_context(running(forwards))

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from . import zoo
 from .as_found import undisturbed
 from .comparing import close, difference, largest, outputs, varied
+from .default_device import made_on_cpu
 from .errors import ModelError, NadhooksError
 from .gated import Gated
 from .hookable import bare_copy, check_model
@@ -66,6 +67,7 @@ class Shrinking:
         )
 
 
+@made_on_cpu
 def shrink(model: nn.Module, *, example: Any = None, multiple: int = 8) -> nn.Module:
     """A smaller copy of `model`, for instance of a `sub_architecture`, that puts out the same up to rounding.
 
@@ -274,6 +276,7 @@ def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, Tenso
         lowest, highest = ranges.get(layer, (units.amin(1), units.amax(1)))
         ranges[layer] = torch.minimum(lowest, units.amin(1)), torch.maximum(highest, units.amax(1))
 
+    @made_on_cpu
     def move(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         if not shift:
             sizes[layer] = max(sizes.get(layer, 0.0), float(out.detach().abs().amax()))

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .default_device import made_on_cpu
 from .errors import TaskError
 
 # no control characters, halves of surrogate pairs and marks that turn the direction of writing, for names are printed,
@@ -81,6 +82,7 @@ class Tasks:
             return row
         raise TaskError(f"unknown task {task!r}: expected {self._expected()}")
 
+    @made_on_cpu
     def rows(self, labels: object) -> Tensor:
         """Row of each sample's task: labels (batch,) -> int64 (batch,); one name or label gives (1,)."""
         if isinstance(labels, Tensor):

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .as_found import undisturbed
 from .batching import copied
+from .default_device import users_device
 from .errors import ModelError
 from .functional import Apply, WeightUse
 from .nesting import leaves_of
@@ -161,11 +162,12 @@ def input_units(module: nn.Module) -> int | None:
 
 def call_model(model: nn.Module, example: Any) -> Any:
     """The forward arguments as users write them: a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(example, dict):
-        return model(**example)
-    if isinstance(example, (tuple, list)):
-        return model(*example)
-    return model(example)
+    with users_device():
+        if isinstance(example, dict):
+            return model(**example)
+        if isinstance(example, (tuple, list)):
+            return model(*example)
+        return model(example)
 
 
 def trace(model: nn.Module, example: Any) -> Trace:

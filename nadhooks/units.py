@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, nn
 
+from .default_device import made_on_cpu
 from .effects import Effects, Estimator, Setting, Weighting, setting
 from .errors import NadhooksError
 from .gating import Closed
@@ -23,6 +24,7 @@ BIAS = -1
 ROUNDING = 1e-9  # a remainder below this share of what it remains of is none
 
 
+@made_on_cpu
 def unit_flow(
     model: nn.Module,
     masks: Masks,

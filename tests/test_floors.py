@@ -12,6 +12,7 @@ FLOORS = [
         "_version",
         "nesting",
         "as_found",
+        "default_device",
         "batching",
         "functional",
         "joins",

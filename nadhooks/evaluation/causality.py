@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from ..default_device import made_on_cpu
 from ..effects import Setting, setting
 from ..errors import NadhooksError, SiteError
 from ..flow_like import UNIT_FLOW, check_flow
@@ -19,7 +20,7 @@ from ..hooking import on_site
 from ..masks import Masks
 from ..segments import Cut, Replay, gated, unit_part
 from ..sites import Site
-from ..tracing import logits_of
+from ..tracing import call_model, logits_of
 from ..wiring import INPUT, OUTPUT
 
 Shut = Mapping[str, Tensor]  # {site: units that are closed}
@@ -78,6 +79,7 @@ class Verification:
     removal: Removal
 
 
+@made_on_cpu
 def verify(
     model: nn.Module,
     masks: Masks,
@@ -274,7 +276,7 @@ def _answers(found: Setting, shut: Shut) -> tuple[float, float]:
         with ExitStack() as stack:
             for site in found.sites.values():
                 stack.callback(on_site(found.model, site, partial(change, site)).remove)
-            outputs = logits_of(found.model(images))
+            outputs = logits_of(call_model(found.model, images))
         right += int(outputs.argmax(1).eq(found.label).sum())
         total += float(outputs[:, found.label].sum())
     return right / found.images, total / found.images

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import objectives
 from ..as_found import frozen
 from ..batching import copied, moved
+from ..default_device import made_on_cpu
 from ..errors import DataError, NadhooksError, TaskError
 from ..gates import Gates
 from ..masks import Masks, check_masks
@@ -41,6 +42,7 @@ class Recognition:
     fpr95: float
 
 
+@made_on_cpu
 def recognition(
     gates: Gates,
     loader: Iterable[Any],
@@ -129,12 +131,14 @@ def recognition(
     return figures
 
 
+@made_on_cpu
 def quality(rows: Iterable[Recognition]) -> dict[str, Tensor]:
     """{measure: (tasks,)} for `masks.quality`."""
     rows = list(rows)
     return {measure: torch.tensor([getattr(row, measure) for row in rows]) for measure in MEASURES}
 
 
+@made_on_cpu
 def shuffled(masks: Masks, seed: int = 0) -> Masks:
     """Random masks of the same size: each task's gates permuted within every site."""
     random = torch.Generator().manual_seed(seed)
