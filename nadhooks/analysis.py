@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .default_device import made_on_cpu
 from .errors import NadhooksError
-from .flow_like import check_flow
-from .masks import Masks
+from .flow_like import FLOW, check_flow
+from .masks import Masks, check_masks
 from .wiring import INPUT, OUTPUT
 
 
@@ -52,13 +52,22 @@ class Overlap:
     chance: float
 
 
+def _check_ends(graph: nx.DiGraph, asks: str) -> None:
+    check_flow(graph)
+    ends = (OUTPUT,) if graph.graph.get("level") == "unit" else (INPUT, OUTPUT)  # the image may have no effect
+    if missing := [end for end in ends if end not in graph]:
+        raise NadhooksError(f"{asks}: expected a graph from the input to the output, got one without {missing[0]!r}")
+    if without := [node for node, data in graph.nodes(data=True) if data["kind"] == "site" and "kept" not in data]:
+        raise NadhooksError(f"{asks}: expected a graph made by {FLOW}, got one whose node {without[0]!r} has no 'kept'")
+
+
 def bottlenecks(graph: nx.DiGraph) -> list[str]:
     """The nodes that every way from the input to the output passes, narrowest first.
 
     Of a site-level graph the sites, by the units that they keep; of a unit-level graph the units, by |attribution|.
     These are the dominators of the output.
     """
-    check_flow(graph)
+    _check_ends(graph, "bottlenecks")
     whole = _with_source(graph)
     above = nx.immediate_dominators(whole, INPUT_OF_ALL)
     found, node = [], above.get(OUTPUT)
@@ -73,6 +82,8 @@ def bottlenecks(graph: nx.DiGraph) -> list[str]:
 def hubs(graph: nx.DiGraph, number: int = 20) -> list[Hub]:
     """The units of a site-level graph that most of its tasks keep, most shared first, then in firing order."""
     check_flow(graph)
+    if not isinstance(number, int) or number < 0:
+        raise NadhooksError(f"hubs: expected a number of units from 0, got {number!r}")
     found = [
         Hub(node, unit, tasks)
         for node, data in graph.nodes(data=True)
@@ -90,9 +101,10 @@ def max_flow(graph: nx.DiGraph) -> MaxFlow:
     Of a site-level graph, in units: a site lets through as many as it keeps, and the cut names sites. Of a unit-level
     graph, in |weight|: the cut names edges. Ford and Fulkerson, 1956, by networkx.
     """
-    check_flow(graph)
+    _check_ends(graph, "max_flow")
     sites = graph.graph.get("level") != "unit"
     network = nx.DiGraph()
+    network.add_node(INPUT_OF_ALL)
     for node, data in graph.nodes(data=True):
         through = {"capacity": float(data["kept"])} if sites and data["kind"] == "site" else {}
         network.add_edge((node, "in"), (node, "out"), **through)
@@ -121,6 +133,7 @@ def communities(masks: Masks, seed: int = 0) -> Communities:
     Tasks are linked by how far their Jaccard similarity exceeds the mean over all pairs; groups by the Louvain method
     (Blondel et al., 2008). Modularity near 0 says that classes share units without any structure.
     """
+    check_masks(masks)
     similarity = masks.jaccard()
     others = similarity[~torch.eye(len(masks), dtype=torch.bool)]
     mean = float(others.mean()) if len(others) else 0.0
@@ -146,6 +159,7 @@ def overlap_curve(masks: Masks) -> list[Overlap]:
     Means over all pairs of tasks and the stage's sites of |A∩B| / |A∪B|, beside what independent masks of the same
     sizes have: of n units, |A∩B| is |A|·|B| / n then. Raises NadhooksError for fewer than two tasks.
     """
+    check_masks(masks)
     if len(masks) < 2:
         raise NadhooksError(f"overlap: expected two or more tasks to compare, got {len(masks)}")
     known = {site.name for site in masks.sites}
@@ -166,7 +180,7 @@ INPUT_OF_ALL = ("input", "of all")  # no node of a graph is a pair
 def _with_source(graph: nx.DiGraph) -> nx.DiGraph:
     """The graph with one node before all of the input's regions."""
     whole = nx.DiGraph(graph.edges)
-    whole.add_nodes_from(graph)
+    whole.add_nodes_from([*graph, INPUT_OF_ALL])
     whole.add_edges_from((INPUT_OF_ALL, node) for node, data in graph.nodes(data=True) if data["kind"] == INPUT)
     return whole
 

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 
 from .errors import NadhooksError
-from .flow_like import FLOW, check_flow
+from .flow_like import FLOW, LACKING, check_flow
 
 SITES = 48  # as many as fit a page's width
 
@@ -32,7 +32,7 @@ def collapse(graph: nx.DiGraph, most: int = SITES) -> nx.DiGraph:
         if graph.graph.get("level") == "unit":
             return _of_units(graph)
         return _of_sites(_without_joins(graph), most)
-    except (KeyError, AttributeError, TypeError) as error:
+    except LACKING as error:
         raise NadhooksError(f"expected a graph made by {made_by}, got one that lacks something ({error})") from error
 
 

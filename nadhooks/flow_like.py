@@ -7,6 +7,7 @@ import networkx as nx
 from .errors import NadhooksError
 
 FLOW, UNIT_FLOW = "nadhooks.flow_graph", "nadhooks.unit_flow"
+LACKING = nx.NetworkXException, KeyError, AttributeError, TypeError  # what graphs that were changed may end in
 
 
 def check_flow(graph: object, made_by: str = FLOW, error: type[NadhooksError] = NadhooksError) -> None:

@@ -6,6 +6,7 @@ import networkx as nx
 
 from .collapsing import collapse
 from .errors import NadhooksError
+from .flow_like import LACKING
 from .formats import draw, scene
 
 
@@ -17,6 +18,6 @@ class FlowGraph(nx.DiGraph):
         for graph in (lambda: self, lambda: collapse(self)):
             try:
                 return draw(scene(graph()), "svg").decode()
-            except (NadhooksError, KeyError, AttributeError, TypeError):  # the user's own graph is theirs to change
+            except (NadhooksError, *LACKING):  # the user's own graph is theirs to change
                 continue
         return None

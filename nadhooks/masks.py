@@ -158,6 +158,7 @@ class Masks:
 
         For the sites that both have, and the tasks of `self`, all of which the other must have.
         """
+        check_masks(other)
         other, shared = other.select(self.labels), {site.name: site.units for site in other.sites}
         found = {}
         for site in self.sites:

@@ -60,6 +60,8 @@ def what_units_see(
     check_flow(graph)
     if top < 1 or size < 1:
         raise NadhooksError(f"expected top and size from 1, got {top} and {size}")
+    if not isinstance(names or {}, Mapping):
+        raise NadhooksError(f"names: expected {{label: name}}, got {names!r}")
     wanted = _wanted(graph, units)
     by_name = {site.name: site for site in sites}
     if missing := [name for name in wanted if name not in by_name]:
@@ -68,6 +70,8 @@ def what_units_see(
         if not chosen or not all(0 <= unit < by_name[name].units for unit in chosen):
             last = by_name[name].units - 1
             raise SiteError(f"units: expected some of the units 0 to {last} of {name}, got {chosen}")
+        if absent := [unit for unit in chosen if name not in graph and f"{name}:{unit}" not in graph]:
+            raise SiteError(f"units: the graph does not show unit {absent[0]} of {name}; unit_flow's top= shows more")
     watches = {name: Watch(by_name[name], torch.tensor(chosen), top) for name, chosen in wanted.items()}
     images = _watched(model, watches, loader)
     out = graph.copy()

@@ -15,8 +15,8 @@ from .default_device import made_on_cpu
 from .errors import TaskError
 
 # no control characters, halves of surrogate pairs and marks that turn the direction of writing, for names are printed,
-# drawn and put into files
-TEXT = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
+# drawn and put into files, of which XML takes not every one
+TEXT = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]*")
 LONGEST = 1_000  # characters of a name
 
 Label = int | str

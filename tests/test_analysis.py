@@ -60,6 +60,24 @@ def test_a_flow_without_bound_is_said() -> None:
         analysis.max_flow(nadhooks.flow_graph(masks))
 
 
+def test_parts_of_a_graph_without_ends_are_named() -> None:
+    graph = diamond({"a": 6, "b": 1, "c": 1, "d": 3})
+    for lacks in ("input", "output"):
+        part = graph.subgraph(set(graph) - {lacks})
+        for asks in (analysis.bottlenecks, analysis.max_flow):
+            with pytest.raises(nadhooks.NadhooksError, match=f"without '{lacks}'"):
+                asks(part)
+    del graph.nodes["b"]["kept"]
+    with pytest.raises(nadhooks.NadhooksError, match="'b' has no 'kept'"):
+        analysis.max_flow(graph)
+    for number in (-1, 1.5):
+        with pytest.raises(nadhooks.NadhooksError, match="number of units"):
+            analysis.hubs(graph, number)  # type: ignore[arg-type]
+    for of_masks in (analysis.communities, analysis.overlap_curve, grouped().agreement):
+        with pytest.raises(nadhooks.NadhooksError, match="expected Masks"):
+            of_masks(graph)
+
+
 def test_hubs_are_the_units_that_most_tasks_keep() -> None:
     graph = nadhooks.flow_graph(THREE)
     assert analysis.hubs(graph, 2) == [Hub("a", 0, 2), Hub("a", 1, 1)]

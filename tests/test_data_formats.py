@@ -78,6 +78,14 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, suffix: str, text: str) -> 
         nadhooks.read_graph(tmp_path / f"none{suffix}")
 
 
+def test_neither_a_deep_text_nor_no_path_ends_in_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "flow.json").write_text("[" * 100_000)
+    with pytest.raises(GraphFileError, match="expected node-link JSON"):
+        nadhooks.read_graph(tmp_path / "flow.json")
+    with pytest.raises(GraphFileError, match="expected the path of"):
+        nadhooks.read_graph(None)  # type: ignore[arg-type]
+
+
 def test_gexf_is_what_gephi_reads_and_the_same_on_any_day() -> None:
     text = to_gexf(planted())
     assert "lastmodified" not in text

@@ -104,7 +104,7 @@ def test_masks_are_read_only_and_copy() -> None:
 
 
 def test_names_that_cannot_be_printed_are_refused() -> None:
-    for name in ("a\nb", "\x1b[31m", "x" * 1001, "\ud800", "\u202egnp.exe"):
+    for name in ("a\nb", "\x1b[31m", "x" * 1001, "\ud800", "\u202egnp.exe", "\ufffe"):
         with pytest.raises(TaskError, match="none of them control characters"):
             Tasks.of({0: name})
     assert Tasks.of({0: "Zwölf – 猫 🐈"}).names == ("Zwölf – 猫 🐈",)

@@ -36,6 +36,7 @@ from nadhooks.formats.scene import (
     Scene,
     Stroke,
     Text,
+    blended,
     families,
     text_width,
 )
@@ -56,6 +57,10 @@ BRANCHES = site_graph(
     [("input", "stem"), ("stem", "left"), ("stem", "right"), ("stem", "head", "sum"), ("left", "head", "sum"),
      ("right", "head", "sum"), ("head", "output")],
 )  # fmt: skip
+LONG = [
+    "00001_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_terrestris",
+    "great white shark, " * 5 + "x",
+]
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = {
     "sites.dot": BRANCHES,
@@ -94,6 +99,25 @@ def test_many_classes_are_shades_by_how_many_keep_a_unit() -> None:
     kept = {f"c{task}": {"a": range(task + 1)} for task in range(5)}  # unit 0 by five, unit 4 by one, unit 5 by none
     graph = site_graph({"a": 6}, kept, [("input", "a"), ("a", "output")])
     assert squares(scene(graph), "a") == dict.fromkeys([*SHADES, FAINT], 1)
+
+
+@pytest.mark.parametrize(("tasks", "shades"), [(3, [0, 2, 4]), (4, [0, 1, 3, 4])])
+def test_of_few_classes_too_the_lightest_shade_is_one_and_the_darkest_all(tasks: int, shades: list[int]) -> None:
+    kept = {f"c{task}": {"a": range(task + 1)} for task in range(tasks)}
+    graph = site_graph({"a": tasks}, kept, [("input", "a"), ("a", "output")])
+    assert squares(scene(graph), "a") == {SHADES[shade]: 1 for shade in shades}
+
+
+def test_squares_of_several_kinds_of_units_mix_their_colours() -> None:
+    half = range(0, 8192, 2)  # two classes that keep the same half; squares stand for several units
+    kept = {"cat": {"a": half}, "dog": {"a": half}}
+    graph = site_graph({"a": 8192}, kept, [("input", "a"), ("a", "output")])
+    assert lay_out(graph, DOUBLE).each in (2, 4, 8)
+    found = squares(scene(graph), "a")
+    assert blended([BOTH, FAINT]) in found
+    assert set(found) <= {blended([BOTH, FAINT]), FAINT}
+    assert "of several kinds: their colours mixed" in words(scene(graph))
+    assert blended([BLUE]) == BLUE
 
 
 def test_pictures_of_two_classes_have_everything_in_the_same_place() -> None:
@@ -182,7 +206,19 @@ def test_a_very_long_name_is_shortened_and_ends_above_the_legend() -> None:
 
 
 def test_nothing_leaves_the_sheet_and_labels_do_not_touch() -> None:
-    for graph in (BRANCHES, chain(1), chain(17, 2048), chain(60, 768, "stages.2.blocks.{}.attn.proj"), unit_graph(9)):
+    two = site_graph(
+        {"a": 4}, {name: {"a": [task]} for task, name in enumerate(LONG)}, [("input", "a"), ("a", "output")]
+    )
+    one = unit_graph(3, regions=2)
+    one.graph["tasks"] = LONG[:1]
+    crowd = [f"layer{n}.{part}" for n in range(24) for part in ("conv1", "downsample.0")]
+    edges = [
+        e for a, b in itertools.pairwise(zip(crowd[::2], crowd[1::2], strict=True)) for e in itertools.product(a, b)
+    ]
+    ends = [("input", crowd[0]), ("input", crowd[1]), (crowd[-2], "output"), (crowd[-1], "output")]
+    branches = site_graph(dict.fromkeys(crowd, 64), {"cat": {name: range(32) for name in crowd}}, [*ends, *edges])
+    plain = (BRANCHES, chain(1), chain(17, 2048), chain(60, 768, "stages.2.blocks.{}.attn.proj"), unit_graph(9))
+    for graph in (*plain, two, one, branches):
         for width in ("single", "double") if len(graph) < 20 else ("double",):
             picture = scene(graph, width)
             spans: dict[float, list[tuple[float, float]]] = {}
@@ -463,6 +499,15 @@ def test_ink_is_dark_and_faint_is_light() -> None:
 
 
 # --- notebooks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_with_a_circle_shows_no_picture_and_is_not_collapsed() -> None:
+    graph = nadhooks.flow_graph(THREE, "t0")
+    assert isinstance(graph, FlowGraph)
+    graph.add_edge("output", "input")
+    assert graph._repr_svg_() is None
+    with pytest.raises(nadhooks.NadhooksError, match="expected a graph made by"):
+        nadhooks.collapse(graph)
 
 
 def test_graphs_show_themselves_in_notebooks(tmp_path: Path) -> None:

@@ -133,6 +133,10 @@ def test_what_cannot_be_done_is_said() -> None:
     for units in ([99], [], [-1], 1):
         with pytest.raises(SiteError, match="units: expected"):
             nadhooks.what_units_see(Net(), graph(), [SITE], batches(), units={"conv": units})  # type: ignore[dict-item]
+    with pytest.raises(SiteError, match="does not show unit 1 of conv"):
+        nadhooks.what_units_see(Net(), graph((0,)), [SITE], batches(), units={"conv": [1]})
+    with pytest.raises(nadhooks.NadhooksError, match="names: expected"):
+        nadhooks.what_units_see(Net(), graph(), [SITE], batches(), names=["cat", "dog"])  # type: ignore[arg-type]
     with pytest.raises(RenderError, match="units see nothing"):
         contact_scene(graph(), None, 252)
 
@@ -170,6 +174,7 @@ def test_contact_sheets_show_images_and_names(tmp_path: Path) -> None:
     assert sum(isinstance(shape, Picture) for shape in sheet.shapes) == 6
     words = {shape.text for shape in sheet.shapes if isinstance(shape, Text)}
     assert {"conv:0", "conv:1", "brightness"} <= words
+    assert any(word.endswith(" · 4") for word in words)  # the strongest image's activation, however long its label
     for suffix in ("png", "pdf", "svg"):
         nadhooks.contact_sheet(seen, tmp_path / f"sheet.{suffix}")
         assert (tmp_path / f"sheet.{suffix}").stat().st_size > 1000
@@ -177,6 +182,19 @@ def test_contact_sheets_show_images_and_names(tmp_path: Path) -> None:
         nadhooks.contact_sheet(seen, tmp_path / "sheet.html")
     with pytest.raises(RenderError, match="no unit 'conv:9'"):
         nadhooks.contact_sheet(seen, tmp_path / "sheet.png", ["conv:9"])
+    with pytest.raises(RenderError, match="at least one unit"):
+        nadhooks.contact_sheet(seen, tmp_path / "sheet.png", [])
+    with pytest.raises(RenderError, match="too narrow"):
+        nadhooks.contact_sheet(seen, tmp_path / "sheet.png", width=100)
+
+
+def test_labels_under_crops_are_shortened_and_figures_are_not() -> None:
+    names = {0: "golden retriever of a long line", 1: "automobile"}
+    seen = nadhooks.what_units_see(Net(), graph(), [SITE], [(x * 900, y) for x, y in batches()], names=names, top=1)
+    words = [shape.text for shape in contact_scene(seen, ["conv:0"], 252).shapes if isinstance(shape, Text)]
+    figure = f" · {seen.nodes['conv:0']['sees'][0]['activation']:.2g}"
+    assert figure == " · 3.6e+03"
+    assert sum(word.endswith(figure) and "…" in word for word in words) == 1
 
 
 def test_sites_from_a_file_see_what_those_of_the_model_see(tmp_path: Path) -> None:

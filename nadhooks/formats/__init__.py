@@ -9,7 +9,7 @@ from pathlib import Path
 import networkx as nx
 
 from ..errors import RenderError
-from ..flow_like import FLOW, check_flow
+from ..flow_like import FLOW, LACKING, check_flow
 from .contact_sheet import contact_scene as contact_scene
 from .data import DATA_WRITERS
 from .data import read_graph as read_graph
@@ -81,7 +81,7 @@ def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "doub
         check_flow(graph, error=RenderError)
     try:
         data = to_html(graph, kept).encode() if suffix == ".html" else WRITERS[suffix](graph, width)
-    except (KeyError, AttributeError, TypeError) as error:
+    except LACKING as error:
         raise RenderError(f"expected a graph made by {FLOW}, got one that lacks something ({error})") from error
     _write(path, data)
 

@@ -8,7 +8,7 @@ from typing import Any
 import networkx as nx
 
 from ..errors import RenderError
-from .scene import BLUE, FAINT, GREY, VERMILLION, Cells, Picture, Scene, Text, shortened
+from .scene import BLUE, FAINT, GREY, VERMILLION, Cells, Picture, Scene, Text, shortened, text_width
 from .site_layout import MARGIN
 from .words import called, short_model
 
@@ -33,6 +33,8 @@ def contact_scene(graph: nx.DiGraph, units: Sequence[str] | None, width: float) 
     if not seen:
         raise RenderError("expected a graph from nadhooks.what_units_see, got one whose units see nothing")
     chosen = list(seen) if units is None else list(units)
+    if not chosen:
+        raise RenderError("expected at least one unit for a sheet, got units=[]")
     if missing := [unit for unit in chosen if unit not in seen]:
         raise RenderError(f"no unit {missing[0]!r} in the graph that knows what it sees")
     if len(chosen) > LONGEST:
@@ -41,11 +43,15 @@ def contact_scene(graph: nx.DiGraph, units: Sequence[str] | None, width: float) 
     classes = max(len(seen[unit]["activation"]) for unit in chosen)
     bars = min(0.3 * width, 12.0 * classes)
     room = width - 2 * MARGIN - NAME - bars - 2 * GAP
+    if room < ROW:
+        raise RenderError(f"too narrow for a sheet: {width:.0f} points; pass a larger width=")
     count = max(1, min(int((room + GAP) / (ROW + GAP)), max(len(seen[unit]["sees"]) for unit in chosen)))
     scene = Scene(width, 0.0, f"what units of {short_model(graph)} see")
     y = MARGIN + 8
-    scene.shapes.append(Text(MARGIN, y, scene.title, 8.0))
-    scene.shapes.append(Text(MARGIN + NAME + count * (ROW + GAP) + GAP, y, "mean activation by class", SIZE, GREY))
+    header = "mean activation by class"
+    x = min(MARGIN + NAME + count * (ROW + GAP) + GAP, width - MARGIN - text_width(header, SIZE))
+    scene.shapes.append(Text(MARGIN, y, shortened(scene.title, 8.0, x - GAP - MARGIN), 8.0))
+    scene.shapes.append(Text(x, y, header, SIZE, GREY))
     y += 6
     for unit in chosen:
         name = names.get(unit, "")
@@ -55,7 +61,8 @@ def contact_scene(graph: nx.DiGraph, units: Sequence[str] | None, width: float) 
         for number, each in enumerate(seen[unit]["sees"][:count]):
             x = MARGIN + NAME + number * (ROW + GAP)
             scene.shapes.append(Picture((x, y, ROW, ROW), each["crop"]))
-            told = shortened(f"{each['label']} · {each['activation']:.2g}", 5.0, ROW)
+            figure = f" · {each['activation']:.2g}"
+            told = shortened(each["label"], 5.0, ROW - text_width(figure, 5.0)) + figure
             scene.shapes.append(Text(x + ROW / 2, y + ROW + 5.5, told, 5.0, GREY, "middle"))
         _bars(scene, seen[unit]["activation"], MARGIN + NAME + count * (ROW + GAP) + GAP, y, bars)
         y += ROW + 11
@@ -73,12 +80,10 @@ def _bars(scene: Scene, activation: dict[str, float], x: float, y: float, width:
         tall = abs(value) / most * (ROW - BAR)
         colour = BLUE if value >= 0 else VERMILLION
         scene.shapes.append(Cells(((x + each * (number + 0.15), base - tall, 0.7 * each, tall),), colour))
-    if each >= 7:
-        for number, name in enumerate(activation):
-            text = shortened(name, 4.6, each - 0.5)
+    if all(text_width(name, 4.6) <= each - 1 for name in activation):
+        for number, text in enumerate(activation):
             scene.shapes.append(Text(x + each * (number + 0.5), base + 5.5, text, 4.6, GREY, "middle"))
     else:
         best = max(activation, key=lambda name: activation[name])
-        scene.shapes.append(
-            Text(x + width / 2, base + 5.5, shortened(f"most: {called(best)}", 5.0, width), 5.0, GREY, "middle")
-        )
+        text = shortened(f"most: {called(best)}", 5.0, scene.width - MARGIN - x)
+        scene.shapes.append(Text(x, base + 5.5, text, 5.0, GREY))

@@ -30,7 +30,10 @@ def read_graph(path: str | PathLike[str]) -> nx.DiGraph:
 
     Raises GraphFileError for another suffix, a file that cannot be read, and one that holds something else.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise GraphFileError(f"expected the path of a .json or .graphml file, got {path!r}") from error
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise GraphFileError(f"{path}: expected a name that ends in {', '.join(READERS)}, got {path.suffix!r}")

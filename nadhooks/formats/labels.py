@@ -59,7 +59,7 @@ def label(columns: list[list[str]], pitch: float) -> Labels:
             name: [shortened(one, 5.0, pitch - 1) for one in wrapped(texts[name], 5.0, pitch - 1, BREAKS)[:4]]
             for name in names
         }
-        return Labels(lines, 5.0, False, 4.4, headers)
+        return Labels(lines, 5.0, False, min(4.4, (pitch - 1) / text_width("88%", 1)), headers)
     return Labels({name: [shortened(texts[name], size, LONGEST)] for name in names}, size, True, size, headers)
 
 

@@ -18,7 +18,7 @@ def from_node_link(text: str) -> nx.DiGraph:
     """The inverse of `to_node_link`. Raises GraphFileError for anything else."""
     try:
         graph = nx.node_link_graph(json.loads(text), edges="edges")
-    except (ValueError, TypeError, KeyError, AttributeError, nx.NetworkXError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, nx.NetworkXError) as error:
         raise GraphFileError(
             f"expected node-link JSON, got something else ({type(error).__name__}: {error})"
         ) from error

@@ -156,12 +156,20 @@ def wrapped(text: str, size: float, width: float, breaks: str = " ") -> list[str
     return [line.rstrip() for line in lines]
 
 
+def paragraph(text: str, size: float, width: float) -> list[str]:
+    """Lines broken between words; those that are wider still within words, and what cannot be broken is shortened."""
+    lines = wrapped(text, size, width)
+    parts = [part for each in lines for part in wrapped(each, size, width, " ._/-,") if part]
+    return [shortened(part, size, width) for part in parts]
+
+
 def shortened(text: str, size: float, width: float) -> str:
-    """The text, its middle left out where it would be wider."""
+    """The text, its middle left out where it would be wider; at least the mark that says so."""
     short, keep = text, len(text)
-    while keep > 4 and text_width(short, size) > width:
+    while keep > 0 and text_width(short, size) > width:
         keep -= 1
-        short = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
+        front = 0 if keep == 1 and text[-1].isdigit() else (keep + 1) // 2  # of "conv1" and "conv2" what differs
+        short = text[:front] + "…" + text[len(text) - (keep - front) :]
     return short
 
 
@@ -183,6 +191,12 @@ def mixed(low: str, high: str, share: float) -> str:
     """A colour between two."""
     parts = (round(int(low[i : i + 2], 16) * (1 - share) + int(high[i : i + 2], 16) * share) for i in (1, 3, 5))
     return "#" + "".join(f"{part:02x}" for part in parts)
+
+
+def blended(colours: Sequence[str]) -> str:
+    """The mean of some colours."""
+    parts = [[int(colour[i : i + 2], 16) for colour in colours] for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(sum(part) / len(part)):02x}" for part in parts)
 
 
 def rows_of(squares: Sequence[int], columns: int) -> Iterable[tuple[int, int, int]]:

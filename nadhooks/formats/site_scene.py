@@ -28,11 +28,13 @@ from .scene import (
     Shape,
     Stroke,
     Text,
+    blended,
     line,
     mixed,
+    paragraph,
     rows_of,
+    shortened,
     text_width,
-    wrapped,
 )  # fmt: skip
 from .site_layout import MARGIN, Layout, Place, arriving, join_of, lay_out
 from .words import called, headline
@@ -102,7 +104,7 @@ class SitePainter:
         self.counts = longest <= layout.pitch - 2  # else percentages; the same in the pictures of all tasks
 
     def scene(self) -> Scene:
-        title = wrapped(headline(self.graph), TITLE, self.width - 2 * MARGIN)
+        title = paragraph(headline(self.graph), TITLE, self.width - 2 * MARGIN)
         y = MARGIN + TITLE
         for number, text in enumerate(title):
             self.shapes.append(Text(MARGIN, y + number * TITLE * 1.25, text, TITLE))
@@ -259,6 +261,8 @@ class SitePainter:
                 yield self._swatch(colour, text)
         if layout.each > 1 and len(shades) == 2:
             yield self._swatch(mixed(SHADES[0], BLUE, 0.5), "some of a square's units kept")
+        elif layout.each > 1 and len(shades) == 4:
+            yield self._swatch(blended([colour for colour, _ in shades]), "of several kinds: their colours mixed")
         yield self._square()
         bands = {join_of(self.graph, *edge) for edge in self.graph.edges}
         signs = {data["join"] for _, data in self.graph.nodes(data=True) if data["kind"] == "join"}
@@ -270,6 +274,8 @@ class SitePainter:
             yield self._key(kind, kind in bands, kind in signs)
 
     def _swatch(self, colour: str, text: str) -> tuple[float, Any]:
+        text = shortened(text, SMALL, self.width - 2 * MARGIN - 8)
+
         def draw(x: float, y: float) -> None:
             self.shapes.append(Cells(((x, y - 5, 5.5, 5.5),), colour))
             self.shapes.append(Text(x + 8, y, text, SMALL, GREY))
@@ -307,7 +313,7 @@ class SitePainter:
     def _scale(self) -> tuple[float, Any]:
         band = self.layout.band
         said = self.graph.graph.get("flow", "flow: share of the source's units kept")
-        text = f"{said}, 100% and 50%"
+        text = shortened(f"{said}, 100% and 50%", SMALL, self.width - 2 * MARGIN - 21)
         colour, _ = JOINS["sequential"]
 
         def draw(x: float, y: float) -> None:
@@ -337,20 +343,22 @@ def grouped(graph: nx.DiGraph, name: str, each: int) -> dict[str, list[int]]:
     """Squares of a site by colour, each in ascending order."""
     values = colours_of(graph, name)
     shades = [colour for colour, _ in palette(graph)]
+    tasks = len(graph.graph.get("tasks", []))
     groups: dict[str, list[int]] = {}
     for square in range(math.ceil(len(values) / each)):
         part = values[square * each : (square + 1) * each]
-        groups.setdefault(_shade(part, shades), []).append(square)
+        groups.setdefault(_shade(part, shades, tasks), []).append(square)
     return groups
 
 
-def _shade(part: Sequence[float], shades: list[str]) -> str:
-    if len(shades) == 4:  # two tasks: what most of a square's units are
-        kinds = [round(value) for value in part]
-        return shades[max(sorted(set(kinds)), key=kinds.count)]
+def _shade(part: Sequence[float], shades: list[str], tasks: int) -> str:
+    if len(shades) == 4:  # two tasks, whose colours say which
+        return blended([shades[round(value)] for value in part])
     share = sum(part) / len(part)
     if share <= 0:
         return shades[0]
     if len(shades) == 2:
         return shades[1] if share >= 1 else mixed(SHADES[0], shades[1], math.ceil(share * 4) / 4)
-    return shades[min(len(shades) - 1, math.ceil(share * (len(shades) - 1)))]
+    levels = min(tasks, len(shades) - 1)  # the lightest means one task, the darkest all
+    level = min(levels, math.ceil(round(share * levels, 6)))
+    return shades[1 + round((level - 1) * (len(shades) - 2) / max(1, levels - 1))]

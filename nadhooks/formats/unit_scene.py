@@ -28,9 +28,10 @@ from .scene import (
     Text,
     line,
     mixed,
+    paragraph,
+    shortened,
     swing,
     text_width,
-    wrapped,
 )  # fmt: skip
 from .site_layout import MARGIN, PITCH
 from .site_scene import SMALL, TITLE
@@ -86,7 +87,7 @@ class Strips:
         self.boxes: dict[str, Box] = {}
 
     def scene(self) -> Scene:
-        title = wrapped(subtitle(self.graph), TITLE, self.width - 2 * MARGIN)
+        title = paragraph(subtitle(self.graph), TITLE, self.width - 2 * MARGIN)
         for number, text in enumerate(title):
             self.shapes.append(Text(MARGIN, MARGIN + TITLE * (1 + 1.25 * number), text, TITLE))
         strips = self.place(MARGIN + TITLE * 1.25 * len(title) + 6)
@@ -183,7 +184,7 @@ class Strips:
         else:
             x, y, wide, tall = box
             self.shapes.append(Cells((box,), INK, name))
-            text = name if kind == "input" else self._class_name()
+            text = name if kind == "input" else shortened(self._class_name(), SMALL + 0.5, self.tall)
             x = x - 2.5 if kind == "input" else x + wide + 8
             self.shapes.append(Text(x, y + tall / 2, text, SMALL + 0.5, INK, "middle", turned=True))
 
@@ -306,10 +307,11 @@ class Strips:
         facts = self.graph.graph
         known = [f"{key} {facts[key]}" for key in ("weighting", "reference", "estimator") if key in facts]
         known += [f"{facts['images']} images"] if "images" in facts else []
-        text = "above: shown / kept / all units, share of |attribution| shown"
+        room = self.width - 2 * MARGIN
+        text = shortened("above: shown / kept / all units, share of |attribution| shown", SMALL, room)
         yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
         if known:
-            text = ", ".join(known)
+            text = shortened(", ".join(known), SMALL, room)
             yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
 
 

@@ -77,9 +77,10 @@ function categories(site) {
   const node = nodes.get(site), out = new Uint8Array(node.units);
   let kept = 0;
   if (state.mode === "all") {
-    const counts = sharing(site), shades = C.shades.length;
+    const counts = sharing(site), shades = C.shades.length, levels = Math.min(tasks.length, shades);
+    const shade = (count) => count && 1 + Math.round(((Math.ceil((levels * count) / tasks.length) - 1) * (shades - 1)) / (levels - 1));
     for (let unit = 0; unit < node.units; unit++) {
-      out[unit] = tasks.length <= 1 || combined ? (counts[unit] ? shades : 0) : Math.ceil((shades * counts[unit]) / tasks.length);
+      out[unit] = tasks.length <= 1 || combined ? (counts[unit] ? shades : 0) : shade(counts[unit]);
       kept += counts[unit] > 0;
     }
   } else {
