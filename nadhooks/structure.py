@@ -121,7 +121,8 @@ def segment_ends(trace: Trace) -> list[str]:
     candidate: str | None = None
     units: int | None = None
     for call in trace.fired():
-        if list(call.module.children()) or not call.outputs:
+        of_parts = bool(list(call.module.children())) and not has_weights(call.module)  # a layer may compute its weight
+        if of_parts or "parametrizations" in call.name.split(".") or not call.outputs:
             continue
         leaf = call.outputs[0]
         axis = trace.axis(call, leaf)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import nadhooks
 from nadhooks import sites, zoo
@@ -70,6 +72,17 @@ def test_blocks_of_plain_stacks_are_the_last_tensors_before_each_layer() -> None
 
 def test_neurons_are_activations_between_layers() -> None:
     assert names(Stages(), sites.neurons(), TOKENS) == ["stages.0.0.act", "stages.0.1.act", "stages.1.0.act"]
+
+
+@pytest.mark.parametrize("compute", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_layers_that_compute_their_weights_are_layers_too(compute: Callable[[nn.Module], nn.Module]) -> None:
+    def stack(made: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        layers = [made(nn.Conv2d(3, 3, 3, padding=1)), nn.ReLU(), made(nn.Conv2d(3, 3, 3, padding=1)), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), made(nn.Linear(27, 4)))
+
+    shown = torch.rand(2, 3, 3, 3)
+    for chosen in (None, sites.channels()):
+        assert names(stack(compute), chosen, shown) == names(stack(lambda layer: layer), chosen, shown)
 
 
 def test_heads_are_blocks_of_the_output_projections_input() -> None:
