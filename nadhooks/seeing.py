@@ -208,7 +208,8 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch], loader: Iterable[An
                 for site in find(trace(model, images[:1].to(device)), [watch.site for watch in watches.values()])[0]:
                     watches[site.name].site = site  # files do not hold all of it
                     stack.callback(on_site(model, site, watches[site.name].see).remove)
-                _measure(model, watches, images[:4].to(device))
+                with torch.inference_mode(False), torch.enable_grad():
+                    _measure(model, watches, images[:4].to(device))
             with torch.no_grad():
                 call_model(model, images.to(device))
             listed = labels.tolist()
@@ -228,11 +229,10 @@ def _measure(model: nn.Module, watches: Mapping[str, Watch], images: Tensor) -> 
     """How much of the image moves the place in the middle of every site: the side of its crops."""
     for watch in watches.values():
         x = images.clone().requires_grad_()
-        with torch.enable_grad():
-            call_model(model, x)
-            if watch.now is None:
-                raise SiteError(f"{watch.site.name}: the model did not reach this site")
-            active, grid = activations(watch.now, watch.site, len(images))
+        call_model(model, x)
+        if watch.now is None:
+            raise SiteError(f"{watch.site.name}: the model did not reach this site")
+        active, grid = activations(watch.now, watch.site, len(images))
         watch.now = None
         if grid is None or not active.requires_grad:
             continue

@@ -64,6 +64,15 @@ def test_the_strongest_images_come_first_with_where_they_excite_the_unit() -> No
     assert "sees" not in graph().nodes["conv:0"]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_crops_are_the_same_where_gradients_are_switched_off(mode: type[torch.no_grad]) -> None:
+    expected = nadhooks.what_units_see(Net(), graph(), [SITE], batches())
+    model, shown = Net(), batches()
+    with mode():
+        seen = nadhooks.what_units_see(model, graph(), [SITE], [(x.clone(), labels) for x, labels in shown])
+    assert seen.nodes["conv:0"]["sees"] == expected.nodes["conv:0"]["sees"]
+
+
 def test_activation_by_class_is_the_mean_over_images_and_places() -> None:
     seen = nadhooks.what_units_see(Net(), graph(), [SITE], batches(), names={0: "cat"})
     assert seen.nodes["conv:0"]["activation"] == pytest.approx({"cat": (1 + 3) / 2 / 64, "1": (2 + 4) / 2 / 64})

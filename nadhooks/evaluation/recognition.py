@@ -135,7 +135,7 @@ def recognition(
 def quality(rows: Iterable[Recognition]) -> dict[str, Tensor]:
     """{measure: (tasks,)} for `masks.quality`."""
     rows = list(rows)
-    return {measure: torch.tensor([getattr(row, measure) for row in rows]) for measure in MEASURES}
+    return {measure: torch.tensor([getattr(row, measure) for row in rows], dtype=torch.float32) for measure in MEASURES}
 
 
 @made_on_cpu
