@@ -235,6 +235,7 @@ HOSTILE_HEADERS: dict[str, dict[str, Any]] = {
     "a site twice": {"sites": [A, A]},
     "a site called input": {"sites": [{**A, "name": "input"}, B]},
     "a site with a control character": {"sites": [{**A, "name": "a\x1b[2J"}, B]},
+    "a site with what XML has no place for": {"sites": [{**A, "name": "a\ufffe"}, B]},
     "an axis that is text": {"sites": [{**A, "axis": "q"}, B]},
     "an axis of 0": {"sites": [{**A, "axis": 0}, B]},
     "units that are no whole number": {"sites": [{**A, "units": 4.0}, B]},
