@@ -104,26 +104,47 @@ def test_selected_tasks_are_all_that_is_read(tmp_path: Path) -> None:
     wiring = nx.DiGraph([("input", "a"), ("a", "output")])
     Masks((Site("a", 1, 64, "a"),), {"a": kept}, Tasks.of(1000), wiring).save(tmp_path / "m")
     reads: list[int] = []
-    whole = container.of_file(tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
 
-    def counted(start: int, end: int, read: container.Read = whole._read) -> bytes:
+    def counted(start: int, end: int) -> bytes:
         reads.append(end - start)
-        return read(start, end)
+        return data[start:end]
 
-    opened = Masks(*mask_file._parts(container.Container(counted, (tmp_path / "m").stat().st_size)))
+    opened = Masks(*mask_file._parts(container.Container(counted, len(data))))
     few = opened.select([7, 3]).select([3, 7])  # of a selection too
     assert len(reads) == 2  # the header's length, and the header
     assert torch.equal(few["a"], kept[[3, 7]])
     assert reads[2:] == [8, 8]  # 64 bits of two tasks
 
 
-def test_an_opened_file_stays_what_it_was_when_another_takes_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [container.AT_ONCE, 0])
+def test_an_opened_file_stays_what_it_was_when_another_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(container, "AT_ONCE", at_once)
     THREE.save(tmp_path / "m")
     opened = nadhooks.load(tmp_path / "m")
     SOFT.save(tmp_path / "m")
     assert opened == THREE
     opened.save(tmp_path / "m")  # over the file that it comes from
     assert nadhooks.load(tmp_path / "m") == THREE
+
+
+def test_shards_are_opened_by_the_hundred(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+    for task in range(100):
+        SOFT.replaced(SOFT.values, Tasks.of([task])).save(tmp_path / f"{task}")
+    with (tmp_path / "0").open() as file:
+        free = file.fileno()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, hard))
+    try:
+        shards = [nadhooks.load(tmp_path / f"{task}") for task in range(100)]
+        merged = nadhooks.masks.merge(shards)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(merged) == 100
+    assert all(torch.equal(merged[site][99], SOFT[site][0]) for site in SOFT.values)
 
 
 @pytest.mark.parametrize("name", ["hard", "soft"])

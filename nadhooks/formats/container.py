@@ -24,6 +24,7 @@ from ..errors import MaskFileError
 HEADER_BYTES = 16 * 2**20  # of the header, escapes included; ImageNet's 1,000 tasks take 0.1 MB
 NAME_CHARACTERS = 2_000  # of a tensor
 DIMENSIONS = 4
+AT_ONCE = 2**20  # bytes; a file up to this is read whole when it is opened
 SIZES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes of the types that mask files use
 TYPES = {
     "BOOL": torch.bool,
@@ -101,11 +102,15 @@ def of_bytes(data: bytes) -> Container:
 
 
 def of_file(path: str | PathLike[str]) -> Container:
-    """Keeps the file open, so that the tensors stay those of this file if another takes its name. Raises OSError."""
+    """The tensors stay those of this file if another takes its name: a large one is kept open.
+
+    A small one is not, for shards are opened by the hundred, and systems allow a process 256 open files, or 1,024.
+    Raises OSError.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
         raise MaskFileError("expected a file, got a directory, a device or a pipe")
     file = _File(path)
-    return Container(file.read, file.size)
+    return of_bytes(file.read(0, file.size)) if file.size <= AT_ONCE else Container(file.read, file.size)
 
 
 class _File:
