@@ -17,6 +17,7 @@ from .batching import finite
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
 from .gating import Closed, by_unit, gate, unit_sums
+from .hookable import check_model
 from .masks import Masks, check_masks
 from .segments import Cut, Gated, Score, replaying
 from .sites import Site
@@ -161,6 +162,7 @@ def setting(
     batch: int,
 ) -> Iterator[Setting]:
     """The task's sub-architecture on the images; the model is in eval mode inside, its weights frozen."""
+    check_model(model)
     check_masks(masks)
     if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
         got = f"shape {tuple(images.shape)} of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__

@@ -252,7 +252,9 @@ class Learner:
         }
 
     def step(self, index: int, selection: Selection | None, labels: Sequence[object]) -> Step:
-        left = self.method.schedule(index, self.method.steps) if index < self.method.steps else 0.0
+        left = float(self.method.schedule(index, self.method.steps)) if index < self.method.steps else 0.0
+        if not 0 <= left <= 1:
+            raise LearningError(f"{self.method.name}: expected a schedule that gives parts from 0 to 1, got {left}")
 
         def best(scores: Table) -> Table:
             if selection is None:

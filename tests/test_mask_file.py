@@ -447,6 +447,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == ["m.safetensors"]
     with pytest.raises(MaskFileError, match="cannot write"):
         THREE.save(tmp_path / "no" / "m.safetensors")
+    with pytest.raises(MaskFileError, match="a null character in its name"):
+        THREE.save(tmp_path / "a\0b")
 
 
 def test_a_writer_killed_at_any_moment_leaves_one_whole_file(tmp_path: Path) -> None:

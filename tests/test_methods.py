@@ -815,6 +815,13 @@ def test_closed_units_put_out_the_means_that_calibrate_finds(sites: list[str]) -
                 torch.testing.assert_close(masks.constants[site], gates.constants[site], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("left", [1.5, -0.5, math.nan])
+def test_schedules_that_give_no_part_are_named(left: float) -> None:
+    method = replace(methods.contrastive(steps=4), schedule=lambda index, total: left)
+    with pytest.raises(LearningError, match=f"expected a schedule that gives parts from 0 to 1, got {left}"):
+        nadhooks.learn(fair_line(), line_loader(), ["act1", "act2"], method=method)
+
+
 def test_options_are_checked() -> None:
     for make, message in (
         (lambda: methods.contrastive(positives=0), "contrastive: expected positives of at least 1, got 0"),

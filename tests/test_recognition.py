@@ -111,6 +111,8 @@ def test_a_task_that_is_no_output_is_named() -> None:
 
 
 def test_options_that_are_none_are_named() -> None:
+    with pytest.raises(NadhooksError, match=r"expected the gates that nadhooks.attach gives, got Logits"):
+        recognition(Logits(), [(LOGITS, LABELS)])  # type: ignore[arg-type]
     with nadhooks.attach(Logits(), "copy", tasks=3, example=LOGITS) as gates:
         with pytest.raises(NadhooksError, match="expected Masks, got str"):
             recognition(gates, [(LOGITS, LABELS)], "masks")  # type: ignore[arg-type]

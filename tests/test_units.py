@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks.errors import DataError, NadhooksError, SiteError, TaskError
+from nadhooks.errors import DataError, ModelError, NadhooksError, SiteError, TaskError
 from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
 
@@ -332,6 +332,8 @@ def test_the_model_is_left_as_found() -> None:
 def test_what_cannot_be_asked_is_said() -> None:
     model = Planted().double()
     masks = masks_of(model, ["a", "b"], X)
+    with pytest.raises(ModelError, match=r"expected a torch.nn.Module, got NoneType"):
+        nadhooks.unit_flow(None, masks, 0, X)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="images of the task"):
         nadhooks.unit_flow(model, masks, 0, [1, 2])  # type: ignore[arg-type]
     with pytest.raises(TaskError, match="unknown task 7"):

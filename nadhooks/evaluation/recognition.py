@@ -65,6 +65,8 @@ def recognition(
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
+    if not isinstance(gates, Gates):
+        raise NadhooksError(f"expected the gates that nadhooks.attach gives, got {type(gates).__name__}")
     if masks is not None:
         check_masks(masks)
     if output not in ("softmax", "sigmoid"):

@@ -51,6 +51,8 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
 
 
 def _target(path: Path) -> Path:
+    if "\0" in str(path):  # or ValueError, from wherever the name is used first
+        raise OSError(errno.EINVAL, "a null character in its name", str(path))
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
