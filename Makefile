@@ -23,8 +23,10 @@ coverage: $(VENV)/.test
 	$(BIN)/python -m nadhooks.zoo check --all --report docs/coverage.csv
 	$(BIN)/python -m nadhooks.zoo page docs/coverage.csv > docs/coverage.md
 
-$(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+$(VENV)/.demo: EXTRAS :=
+$(VENV)/.test: EXTRAS := [test]
+$(VENV)/.demo $(VENV)/.test: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS)'
 	touch $@
 
 $(BIN)/python:

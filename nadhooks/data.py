@@ -67,10 +67,8 @@ class _Arrays(Dataset[tuple[Tensor, int]]):
 
 def _digits(split: Split, transform: Transform) -> Images:
     """scikit-learn's 1,797 digits of 8 x 8 pixels (UCI, 1998), every fifth held out."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("the data set 'digits' comes with scikit-learn; pip install 'nadhooks[demo]'") from error
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = (digits.images * (255 / 16)).round().astype("uint8")
     chosen = [index for index in range(len(images)) if (index % 5 == 0) == (split == "test")]

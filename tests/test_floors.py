@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "nadhooks"
@@ -95,17 +98,33 @@ def test_every_file_has_a_floor_and_imports_only_from_below() -> None:
             assert below, f"{name} imports {imported}, which is not below it"
 
 
+def packages(tree: ast.AST) -> set[str]:
+    """What others wrote, the standard library too, that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_what_is_imported_is_installed() -> None:
+    """All but what an error tells how to get: a command must not end, when all is learnt, for lack of a package."""
+    setup = ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    required = {re.split(r"[^\w-]", line)[0] for line in setup["options"]["install_requires"].split()}
+    installed = required | {"PIL"}  # by torchvision and matplotlib
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        tried = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and "ImportError" in ast.dump(node)]
+        told = set().union(*map(packages, tried))
+        missing = {{"sklearn": "scikit-learn"}.get(name, name) for name in packages(tree) - told} - installed
+        assert not missing - set(sys.stdlib_module_names), path
+
+
 def test_only_zoo_knows_the_zoos_by_name() -> None:
     for path in PACKAGE.rglob("*.py"):
-        names = {
-            alias.name.partition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        } | {
-            (node.module or "").partition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and not node.level
-        }
+        names = packages(ast.parse(path.read_text()))
         allowed = {"zoo": {"timm", "torchvision"}, "data": {"torchvision"}}.get(module_name(path), set())
         assert names & {"timm", "torchvision"} <= allowed, path

@@ -60,8 +60,7 @@ def recognition(
     outputs: {label: indices of the outputs} that say yes to a task, where labels are not outputs themselves. output:
         "softmax", or "sigmoid" where a sample may be of several classes. progress: called with (tasks done, tasks).
 
-    Raises DataError where a task has no images or no others, or outputs are NaN; ImportError for scikit-learn, which
-    computes the curves.
+    Raises DataError where a task has no images or no others, or outputs are NaN.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
