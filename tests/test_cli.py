@@ -553,13 +553,14 @@ def test_select_and_merge_are_inverse_and_diff_says_so(measured_file: Path, caps
 def test_diff_counts_what_two_files_share(capsys: pytest.CaptureFixture[str]) -> None:
     THREE.save("a")
     other = {**THREE.values, "a": THREE["a"].flip(1)}
-    THREE.replaced(other, provenance={"seed": 2}).save("b")
+    renamed = Tasks.of({0: "cat", 1: "t1", 2: "t2"})
+    THREE.replaced(other, renamed, provenance={"seed": 2}).save("b")
     assert run("diff", "a", "b", "--rows", "2") == 0
     shown = capsys.readouterr().out
     assert "seed: (none) | 2" in shown
     assert re.search(r"a +4 +33% +33% +0\.333", shown)  # {0,1} and {2,3}, {0,2} and {1,3}, {} and {}
     assert re.search(r"b@input +2 +17% +17% +1\.000", shown)
-    assert re.search(r"t0 .* 0\.500", shown)
+    assert re.search(r"t0 \| cat .* 0\.500", shown)
     assert "… 1 more tasks, which the mean includes (--rows 3)" in shown
 
 

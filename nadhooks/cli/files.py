@@ -218,7 +218,8 @@ def _diff(options: argparse.Namespace) -> None:
         mean = torch.stack(list(agreement.values())).mean(0)  # (tasks,)
         shown = table("task", "kept, first >", "second >", "Jaccard, mean over sites >")
         for row in mean.argsort()[: options.rows].tolist():
-            shown.add_row(a.tasks[row], f"{a.kept()[row]:.0%}", f"{b.kept()[row]:.0%}", f"{float(mean[row]):.3f}")
+            name = " | ".join(dict.fromkeys((a.tasks[row], b.tasks[row])))  # of one label, but perhaps of two names
+            shown.add_row(name, f"{a.kept()[row]:.0%}", f"{b.kept()[row]:.0%}", f"{float(mean[row]):.3f}")
         shown.add_row(
             "mean", f"{a.kept().mean():.0%}", f"{b.kept().mean():.0%}", f"{float(mean.mean()):.3f}", style="bold"
         )
