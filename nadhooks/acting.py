@@ -69,7 +69,8 @@ class SiteGate:
             )
 
 
-_compiled: set[str] = set()  # not empty once torch.compile has seen gates in this process
+# Not empty once torch.compile has seen gates in this process; no set, additions to which torch 2.4 does not compile.
+_compiled: dict[str, bool] = {}
 
 
 def forget_compiled() -> None:
@@ -97,7 +98,7 @@ class Passing:
                 "or pass one task for the whole batch"
             )
         if torch.compiler.is_compiling():
-            _compiled.add("gates")
+            _compiled["gates"] = True
         elif not torch.is_grad_enabled():
             gates._make_ready()
 

@@ -197,7 +197,10 @@ def samples_in(example: Any) -> int:
     """How many samples forward arguments hold, by the first of them: the length of a list, or of a tensor's axis 0."""
     if isinstance(example, (tuple, list)) and example and isinstance(example[0], list):
         return len(example[0])
-    return next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    for leaf in pytree.tree_leaves(example):  # not `next`, which torch 2.4 does not compile
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    return 1
 
 
 def samples_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> Literal["together", "views", "none"]:
