@@ -98,6 +98,7 @@ class Learner:
 
     def read(self, given: Tasks | None, fidelity: float | None) -> None:
         """The tasks, and what has to be known of the data before the first step."""
+        self.seed_loaders()
         means = None if self.closed == "zero" else UnitMeans(self.gates.sites, self.closed == "optimal")
         if self.method.sampling == "own":
             if isinstance(self.data.loader, Iterator):
@@ -128,6 +129,10 @@ class Learner:
         if means:
             self.gates.close_to_means(means)
             self.deviations = {name: x.to(self.gates.logits[name]) for name, x in means.deviations().items()}
+
+    def seed_loaders(self) -> None:
+        """For samples in one order, whatever was read before: persistent workers draw a number less the second time."""
+        seed_loaders(self.seed, self.teacher.forward.device)
 
     def check_held_out(self) -> None:
         """Whether there is what will be measured; later would be too late."""
@@ -218,7 +223,7 @@ class Learner:
         method, data, labels = self.method, self.data, self.tasks.labels
         self.told_at, self.samples, self.clock = 0, 0, Clock()
         if method.sampling == "own":
-            seed_loaders(self.seed, self.teacher.forward.device)  # in one order, whatever was read before
+            self.seed_loaders()
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)
         assert self.pool is not None  # `read` made it
         if method.sampling == "each":

@@ -126,6 +126,13 @@ def test_shuffling_loaders_give_tasks_the_same_together_and_alone(method: method
     assert any(not torch.equal(other[site], together[site]) for site in SITES)
 
 
+@pytest.mark.parametrize("method", [methods.nad(epochs=1, batch=4), methods.contrastive(steps=5)])
+def test_workers_that_stay_show_the_same_the_second_time(method: methods.Method) -> None:
+    data = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*line_loader(), strict=True)))
+    staying = torch.utils.data.DataLoader(data, 9, shuffle=True, num_workers=1, persistent_workers=True)
+    same(learnt(method, staying), learnt(method, staying))
+
+
 def test_less_to_keep_takes_more_steps_and_as_many_times_the_images() -> None:
     method = replace(methods.contrastive(images=64), pace=2.0)
     for share, times in ((0.8, 1), (0.55, 1), (0.275, 4), (0.01, 12)):
