@@ -20,6 +20,7 @@ from .methods import Method, Samples
 from .tasks import Label, Tasks
 
 POOL_BYTES = 2 * 2**30  # inputs kept in memory for balanced sampling
+WAY_OUT = "pass torch.utils.data.DataLoader(data set), or [(inputs, labels)] for tensors"
 SAMPLES_PER_PASS = 256  # more tasks than fit a pass of so many samples are learnt chunk by chunk
 
 
@@ -99,13 +100,13 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
     sample and label; targets is whatever came third, or None. Of a dict "labels" are the labels, and the rest inputs.
     """
     if not isinstance(loader, Iterable):
-        raise LearningError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}")
+        raise LearningError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}; {WAY_OUT}")
     for batch in _batches(loader):
         if isinstance(batch, Mapping) and "labels" in batch:
             batch = {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
         if not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
             keys = f" of {', '.join(map(repr, batch))}, without 'labels'" if isinstance(batch, Mapping) else ""
-            got = f"{type(batch).__name__}{keys}"
+            got = f"{type(batch).__name__}{keys or f'; {WAY_OUT}'}"
             raise LearningError(f"expected a loader of (inputs, labels) batches, got batches of {got}")
         inputs = (batch[0],) if isinstance(batch[0], list) else batch[0]  # models take a list as their one argument
         inputs = pytree.tree_map_only(np.ndarray, torch.as_tensor, inputs)

@@ -390,6 +390,8 @@ def test_bad_data_is_named(method: str) -> None:
         learn([])
     with pytest.raises(LearningError, match=r"expected a loader of \(inputs, labels\) batches, got batches of Tensor"):
         learn([x])
+    with pytest.raises(LearningError, match=r"got TensorDataset; pass torch\.utils\.data\.DataLoader\(data set\), or"):
+        learn(torch.utils.data.TensorDataset(x, y))
     with pytest.raises(TaskError, match=r"expected 13 whole-number labels, one per sample .*, got shape \(3,\)"):
         learn([(x, y[:3])])
     with pytest.raises(TaskError, match=r"label 3 is out of range: the model has 3 outputs"):
