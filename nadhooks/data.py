@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,33 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # the Debian package
 
 @dataclass(frozen=True)
 class Images:
-    """A data set of (image, label) and the names of its labels, {label: name}."""
+    """A data set of (image, label), the names of its labels, {label: name}, and the label of each image."""
 
     dataset: Dataset[tuple[Tensor, int]]
     names: dict[int, str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of(self, label: object) -> list[int]:
+        """Where the images of a label are; none of them is opened for that."""
+        return [place for place, each in enumerate(self.labels) if each == label]
+
+    def at(self, places: Sequence[int]) -> Images:
+        """Some of the images."""
+        return Images(Subset(self.dataset, places), self.names, [self.labels[place] for place in places])
+
+    def few(self, number: int) -> Images:
+        """So many images of each label, spread evenly over them, or all where there are no more."""
+        of_label: dict[int, list[int]] = {}
+        for place, label in enumerate(self.labels):
+            of_label.setdefault(label, []).append(place)
+        chosen: list[int] = []
+        for places in of_label.values():
+            some = min(number, len(places))
+            chosen += [places[index * len(places) // some] for index in range(some)]
+        return self.at(sorted(chosen))
 
 
 def load_images(source: str, split: Split, transform: Transform, class_index: dict[str, int] | None = None) -> Images:
@@ -72,7 +95,8 @@ def _digits(split: Split, transform: Transform) -> Images:
     digits = load_digits()
     images = (digits.images * (255 / 16)).round().astype("uint8")
     chosen = [index for index in range(len(images)) if (index % 5 == 0) == (split == "test")]
-    return Images(_Arrays(images[chosen], digits.target[chosen], transform), {d: str(d) for d in range(10)})
+    labels = digits.target[chosen]
+    return Images(_Arrays(images[chosen], labels, transform), {d: str(d) for d in range(10)}, labels.tolist())
 
 
 def _fashion(split: Split, transform: Transform) -> Images:
@@ -94,7 +118,7 @@ def _fashion(split: Split, transform: Transform) -> Images:
             f"Fashion-MNIST is neither in {root} nor can it be downloaded ({error}); "
             "install Debian's dataset-fashion-mnist, or put the four idx files into " + str(raw)
         ) from error
-    return Images(dataset, dict(enumerate(dataset.classes)))
+    return Images(dataset, dict(enumerate(dataset.classes)), dataset.targets.tolist())
 
 
 def _folder(root: Path, split: Split, transform: Transform, class_index: dict[str, int]) -> Images:
@@ -115,11 +139,13 @@ def _folder(root: Path, split: Split, transform: Transform, class_index: dict[st
         raise DataError(f"{part}: the folder {strange[0]!r} has no counterpart in {root / 'train'}")
     labels = [known[name] for name in folder.classes]
     folder.target_transform = labels.__getitem__
+    of_image = [labels[target] for target in folder.targets]
     if part != root:
-        return Images(folder, dict(zip(labels, folder.classes, strict=True)))
+        return Images(folder, dict(zip(labels, folder.classes, strict=True)), of_image)
     chosen = [index for index in range(len(folder)) if (index % 5 == 0) == (split == "test")]
     shown = sorted({folder.targets[index] for index in chosen})  # a small class may be missing from a split
-    return Images(Subset(folder, chosen), {labels[index]: folder.classes[index] for index in shown})
+    names = {labels[index]: folder.classes[index] for index in shown}
+    return Images(Subset(folder, chosen), names, [of_image[index] for index in chosen])
 
 
 def _part(root: Path, split: Split) -> Path:

@@ -60,12 +60,16 @@ def test_learn_writes_masks_that_say_where_they_came_from(mask_file: Path) -> No
     assert masks.provenance["seed"] == 7
 
 
-def test_learn_shows_its_worth_and_warns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*LEARN, "--tasks", "1", "--method", "nad", "--epochs", "1", "--sites", "layer[12].*") == 0
-    shown = capsys.readouterr().out
+def test_learn_shows_its_worth_and_warns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nadhooks.cli.learning.MANY", 100)
+    few = ["--test-images", "6"]
+    assert run(*LEARN, "--tasks", "1", "--method", "nad", "--epochs", "1", "--sites", "layer[12].*", *few) == 0
+    shown, told = capsys.readouterr()
+    assert "measuring will take 120 forward passes; --test-images 5 measures on" in told
     for word in ("recall", "AUC", "full", "sub-architecture", "random mask", "Recall alone proves nothing"):
         assert word in shown
     assert nadhooks.load("masks.safetensors").provenance["method"] == "nad"
+    assert nadhooks.load("masks.safetensors").provenance["quality"]["images"] == 60
 
 
 FAST = ["--sites", "layer[34].*", "--tasks", "3", "5", "--no-test", "--device", "cpu"]

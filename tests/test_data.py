@@ -52,6 +52,18 @@ def test_fashion_mnist_is_read_from_debians_package(tmp_path: Path, monkeypatch:
     assert len(data.load_images("fashion-mnist", "test", to_tensor).dataset) == 10  # type: ignore[arg-type]
 
 
+def test_some_images_of_each_label_are_spread_over_all_of_it() -> None:
+    test = data.load_images("digits", "test", to_tensor)
+    few = test.few(3)
+    assert sorted(few.labels) == sorted([*range(10)] * 3)
+    fours = test.of(4)
+    chosen = [fours[0], fours[len(fours) // 3], fours[2 * len(fours) // 3]]
+    assert few.labels == [label for _, label in few.dataset]  # type: ignore[attr-defined]
+    shown = [image for image, label in few.dataset if label == 4]  # type: ignore[attr-defined]
+    assert all(torch.equal(image, test.dataset[place][0]) for image, place in zip(shown, chosen, strict=True))
+    assert len(test.few(1000)) == len(test) == 360
+
+
 def test_without_fashion_mnist_the_cures_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torchvision.datasets import FashionMNIST
 

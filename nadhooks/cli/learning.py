@@ -32,7 +32,9 @@ from .models import (
     computing,
     device_of,
     first,
+    held_out,
     made_model,
+    measuring,
     modelling,
     reading,
     transform_of,
@@ -46,6 +48,7 @@ WARNING = (
     "false-positive rate of 1. Compare all four figures with the full network's and with the random mask's."
 )
 CLASSES_SHOWN = 20
+MANY = 5_000_000  # passes, an hour or so on a GPU
 
 
 def add_commands(command: Command) -> None:
@@ -64,7 +67,9 @@ def add_commands(command: Command) -> None:
     sub.add_argument("--method", choices=list(methods.METHODS), default="contrastive", help="default: %(default)s")
     _learning_options(sub)
     sub.add_argument("--tasks", nargs="+", type=int, metavar="LABEL", help="only these output indices (default: all)")
-    sub.add_argument("--no-test", action="store_true", help="skip the measurement on held-out images")
+    tested = sub.add_mutually_exclusive_group()
+    measuring(tested)
+    tested.add_argument("--no-test", action="store_true", help="skip the measurement on held-out images")
 
 
 def _learning_options(sub: argparse.ArgumentParser) -> None:
@@ -145,7 +150,7 @@ def _learn(options: argparse.Namespace) -> None:
     transform = transform_of(model, options)
     classes = zoo.class_index_of(model)
     train = load_images(options.data, "train", transform, classes)
-    test = None if options.no_test else load_images(options.data, "test", transform, classes)
+    test = None if options.no_test else held_out(options, transform, classes)
     generator = torch.Generator().manual_seed(options.seed)
     loading = {"batch_size": options.batch_size, "num_workers": options.workers}
     loader = DataLoader(train.dataset, shuffle=True, generator=generator, **loading)
@@ -157,6 +162,10 @@ def _learn(options: argparse.Namespace) -> None:
     if unseen or (test is not None and len(test.names) < 2):
         what = f"{unseen[0]!r}" if unseen else "other classes"
         raise DataError(f"{options.data} has no held-out images of {what} to measure on; add some, or pass --no-test")
+    passes = 0 if test is None else 2 * len(labels) * len(test)  # of each class's units, and of as many random ones
+    if passes > MANY:
+        told = f"measuring will take {passes:,} forward passes; --test-images 5 measures on five images of each class"
+        err.print(told, soft_wrap=True)
     with bar(f"learning masks for {len(labels)} classes") as update:
         masks = learn(
             model,
@@ -174,7 +183,7 @@ def _learn(options: argparse.Namespace) -> None:
     _save(masks, options.out)
     if test is not None:
         figures = _show_recognition(model, masks, DataLoader(test.dataset, **loading), options.seed)
-        masks = _measured(masks, figures, options.data, len(test.dataset))  # type: ignore[arg-type]
+        masks = _measured(masks, figures, options.data, len(test))
         masks.save(options.out)
     say(f"{masks!r}\nwritten to {options.out}")
 

@@ -24,7 +24,9 @@ from .models import (
     Command,
     check_writable,
     first,
+    held_out,
     made_model,
+    measuring,
     modelling,
     reading,
     transform_of,
@@ -37,6 +39,7 @@ def add_commands(command: Command) -> None:
     sub.add_argument("masks", help="mask file")
     modelling(sub, chosen_by_file=True)
     reading(sub)
+    measuring(sub)
     within = number(float, "a difference of at least 0", lambda difference: 0 <= difference < math.inf)
     sub.add_argument(
         "--within",
@@ -74,7 +77,7 @@ def _verify(options: argparse.Namespace) -> None:
     if not stated:
         raise MaskFileError(f"{options.masks} states no quality that could be measured again")
     model = _loaded(masks, options)
-    test = load_images(options.data, "test", transform_of(model, options), zoo.class_index_of(model))
+    test = held_out(options, transform_of(model, options), zoo.class_index_of(model))
     loader = DataLoader(test.dataset, batch_size=options.batch_size, num_workers=options.workers)
     by_label = dict(zip(masks.labels, masks.tasks, strict=True))
     with (
@@ -103,7 +106,7 @@ def _verify(options: argparse.Namespace) -> None:
     out.print(shown)
     if failed:
         raise MaskFileError(f"the mean of {', '.join(failed)} is not within {options.within} of what the file states")
-    say(f"as stated, within {options.within}, on {len(test.dataset):,} images of {options.data}")  # type: ignore[arg-type]
+    say(f"as stated, within {options.within}, on {len(test):,} images of {options.data}")
 
 
 def _units(options: argparse.Namespace) -> None:
@@ -113,14 +116,11 @@ def _units(options: argparse.Namespace) -> None:
     label, name = masks.labels[row], masks.tasks[row]
     model = _loaded(masks, options)
     test = load_images(options.data, "test", transform_of(model, options), zoo.class_index_of(model))
-    images = []
-    for batch, labels in DataLoader(test.dataset, batch_size=options.batch_size, num_workers=options.workers):
-        images += list(batch[labels == label])
-        if len(images) >= options.images:
-            break
-    if not images:
+    mine = test.at(test.of(label)[: options.images])
+    if not len(mine):
         raise DataError(f"{options.data} has no held-out images of {name}")
-    shown = torch.stack(images[: options.images]).to(next(model.parameters()).device)
+    loader = DataLoader(mine.dataset, batch_size=options.batch_size, num_workers=options.workers)
+    shown = torch.cat([images for images, _ in loader]).to(next(model.parameters()).device)
     with bar(f"following the flow of {name}") as update:
         graph = unit_flow(model, masks, name, shown, nodes=options.nodes, edges=options.edges, progress=update)
     render(graph, options.out, width=options.width)

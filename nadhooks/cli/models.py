@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import zoo
-from ..data import BUILT_IN
+from ..data import BUILT_IN, Images, Transform, load_images
 from ..errors import DataError, ModelError
 from ..formats import authors
 from ..gates import attach
@@ -75,6 +75,16 @@ def reading(sub: argparse.ArgumentParser) -> None:
     )
     workers = number(int, "a number of at least 0", lambda number: number >= 0)
     sub.add_argument("--workers", type=workers, default=0, metavar="N", help="processes that load images (default: 0)")
+
+
+def measuring(sub: argparse._ActionsContainer) -> None:
+    help = "held-out images of each class to measure on, spread evenly over them (default: all)"
+    sub.add_argument("--test-images", type=AT_LEAST_1, metavar="N", help=help)
+
+
+def held_out(options: argparse.Namespace, transform: Transform, class_index: dict[str, int]) -> Images:
+    images = load_images(options.data, "test", transform, class_index)
+    return images if options.test_images is None else images.few(options.test_images)
 
 
 def computing(sub: argparse.ArgumentParser) -> None:
