@@ -33,7 +33,7 @@ from .learner import SEVERAL, Learner
 from .masks import Masks
 from .methods import Method, Objective, method_of
 from .progress import Report, every_report
-from .sampling import Data, peek, read, seed_loaders
+from .sampling import POOL_BYTES, Data, peek, read, seed_loaders
 from .sites import Axis, Site, Sites
 from .tasks import Label, Tasks, TaskSpec
 from .teaching import Forward, Teacher
@@ -61,6 +61,7 @@ def learn(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     cache: int = CACHE_BYTES,
+    memory: int = POOL_BYTES,
     checkpoint: str | PathLike[str] | None = None,
     every: float = 60.0,
     progress: Report | Iterable[Report] | None = None,
@@ -94,6 +95,8 @@ def learn(
         they are. A `torch.autocast` around the call has no say. A default device has one in the model and the loader;
         what objectives and other callables make is on the CPU if they do not say where.
     cache: bytes for the open network's answers, which are the same whenever an image comes again.
+    memory: bytes for the samples that steps draw from, as many of each label as the method wants (`images`). Where it
+        is short, fewer, but four at least, and a warning says how many.
     checkpoint: a file that says every `every` seconds how far the run is. The same call goes on where it stopped, with
         the same masks in the end (on the CPU, to the last bit); the file goes when the run is over. A loader that shows
         other samples is refused: random changes to images have to come from torch's random state.
@@ -114,7 +117,7 @@ def learn(
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError("the model's weights were made under torch.inference_mode(); make it, or copy it, outside")
     reports = every_report(progress)
-    seed, cache, every = _numbers(seed, cache, every)
+    seed, cache, memory, every = _numbers(seed, cache, memory, every)
     _check_autocast(autocast)
     method = method_of(method)
     budget = _budget(keep, fidelity, method)
@@ -142,10 +145,10 @@ def learn(
             elif selection is not None:
                 method = method.paced(float(selection.shares().min()), closed)
             once = method.sampling == "own" and method.epochs == 1  # then no sample comes again to be looked up
-            kept = None if held_out is None else _kept(Data(held_out, number, device, outputs))
+            kept = None if held_out is None else _kept(Data(held_out, number, device, outputs, memory))
             learner = Learner(
                 gates,
-                Data(loader, number, device, outputs),
+                Data(loader, number, device, outputs, memory),
                 method,
                 selection,
                 closed,
@@ -173,6 +176,7 @@ def learn(
                 **{f"method's {name}": value for name, value in _described(method).items()},
                 "first masks": digest(dict(start.values)).hex() if isinstance(start, Masks) else None,
                 "cache": cache,
+                "memory": memory,
                 "held-out data": kept and checkpoint and digest(kept.loader).hex(),
             }
             learner.checkpoint = Checkpoint(checkpoint, every, known)
@@ -188,14 +192,14 @@ def learn(
             return masks
 
 
-def _numbers(seed: Any, cache: Any, every: Any) -> tuple[int, int, float]:
+def _numbers(seed: Any, cache: Any, memory: Any, every: Any) -> tuple[int, int, int, float]:
     """These options as numbers, before anything is done."""
     if not (hasattr(seed, "__index__") and -(2**63) <= seed < 2**64):
         raise NadhooksError(f"seed: expected a whole number of 64 bits, got {seed!r}")
-    for name, value, unit in (("cache", cache, "bytes"), ("every", every, "seconds")):
+    for name, value, unit in (("cache", cache, "bytes"), ("memory", memory, "bytes"), ("every", every, "seconds")):
         if not (isinstance(value, Real) and float(value) >= 0):
             raise NadhooksError(f"{name}: expected a number of {unit}, 0 or more, got {value!r}")
-    return operator.index(seed), int(min(cache, sys.maxsize)), float(every)
+    return operator.index(seed), int(min(cache, sys.maxsize)), int(min(memory, sys.maxsize)), float(every)
 
 
 def _check_autocast(autocast: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .errors import LearningError, TaskError
 from .methods import Method, Samples
 from .tasks import Label, Tasks
 
-POOL_BYTES = 2 * 2**30  # inputs kept in memory for balanced sampling
+POOL_BYTES = 2 * 2**30  # of samples in memory
 WAY_OUT = "pass torch.utils.data.DataLoader(data set), or [(inputs, labels)] for tensors"
 SAMPLES_PER_PASS = 256  # more tasks than fit a pass of so many samples are learnt chunk by chunk
 
@@ -38,13 +39,15 @@ class Batch(NamedTuple):
 class Data:
     """A loader with what is known of the model: its number of outputs, if labels are among them, and its device.
 
-    meaning: {label: the outputs that say yes to it}, where labels are not outputs themselves.
+    meaning: {label: the outputs that say yes to it}, where labels are not outputs themselves. memory: bytes for samples
+    that are drawn from, or wait for others.
     """
 
     loader: Iterable[Any]
     outputs: int | None
     device: torch.device
     meaning: Mapping[Label, Sequence[int]] | None = None
+    memory: int = POOL_BYTES
 
     def batches(self) -> Iterator[tuple[Any, Tensor, Any]]:
         """(inputs, labels, targets), inputs and targets on the device; labels are checked."""
@@ -231,7 +234,7 @@ def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
                 if len(mine):
                     own, own_targets = pick(inputs, mine), pick(targets, mine)
                     waiting[row] += zip(singles(own, len(mine)), singles(own_targets, len(mine)), strict=True)
-            affordable = POOL_BYTES // max(1, nbytes(pick(inputs, torch.tensor([0]))))
+            affordable = data.memory // max(1, nbytes(pick(inputs, torch.tensor([0]))))
             while True:
                 ready = [row for row, samples in enumerate(waiting) if len(samples) >= method.batch]
                 held = sum(map(len, waiting))
@@ -281,16 +284,18 @@ class Pool:
     def of(cls, data: Data, tasks: Tasks | None, method: Method) -> Pool:
         """As many samples of each label as the method draws, in the loader's order; stops reading when it has them.
 
-        Where memory is short, tasks and contrast share it half and half. Sorted by label.
+        Where memory is short, tasks share it half and half with labels that are contrast alone, and a warning says if
+        tasks get less than they want. Sorted by label.
         """
         drawn = method.images or method.steps * method.positives
         known = range(data.outputs) if data.outputs is not None and data.meaning is None else None
         own = set(tasks.labels) if tasks else set(known or ())
+        memory = data.memory if known and own >= set(known) else data.memory // 2
         parts: list[tuple[Any, Tensor, Any]] = []
         first: list[int] = []  # the label that each sample is kept for
         number: dict[int, int] = {}
         for inputs, labels, targets in data.batches():
-            affordable = POOL_BYTES // 2 // max(1, nbytes(pick(inputs, torch.tensor([0]))))
+            affordable = memory // max(1, nbytes(pick(inputs, torch.tensor([0]))))
             limit = {True: affordable // max(1, len(own)), False: affordable // max(1, len(known or number))}
             limit = {mine: min(drawn, max(4, most)) for mine, most in limit.items()}
             chosen = []
@@ -308,6 +313,12 @@ class Pool:
                 break
         if not parts:
             raise LearningError("the loader shows no sample of any label")
+        if any(limit[True] <= number[label] < drawn for label in number if not own or label in own):
+            warnings.warn(
+                f"{limit[True]} samples of each task are drawn from, not {drawn}, for lack of memory: "
+                f"memory={data.memory:,} bytes; pass more",
+                stacklevel=5,
+            )
         order = torch.tensor(first).argsort(stable=True)
         inputs, labels, targets = (pick(_joined(part), order) for part in zip(*parts, strict=True))
         return cls(inputs, labels, targets)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -62,14 +63,13 @@ def test_every_task_gets_its_own_samples_in_the_loaders_order(
             assert all(len(each.samples.rows.unique()) == 1 for each in batches)
 
 
-def test_no_task_has_two_batches_in_one_step_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_task_has_two_batches_in_one_step_and_memory_is_bounded() -> None:
     many = torch.tensor([0] * 40 + [1] * 4)
     method = methods.nad(epochs=1, batch=4)
     sizes = [len(batch.keys) for batch in own_batches(data(loader(6, many)), Tasks.of(2), method)]
     assert max(sizes) <= 8
     assert sizes[0] == 4 + 4  # the first task waits for the second
-    monkeypatch.setattr(sampling, "POOL_BYTES", 8 * 4)  # but not in memory that there is not
-    batches = list(own_batches(data(loader(6, many)), Tasks.of(2), method))
+    batches = list(own_batches(data(loader(6, many), memory=8 * 4), Tasks.of(2), method))  # there is no more
     assert len(batches[0].keys) == 4
     assert seen_by(0, batches) == [list(range(i, i + 4)) for i in range(0, 40, 4)]
 
@@ -139,10 +139,17 @@ def test_the_pool_reads_no_further_than_it_needs() -> None:
     assert torch.bincount(pool.labels).tolist() == [2, 2, 2]
 
 
-def test_short_memory_goes_half_to_tasks_and_half_to_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "POOL_BYTES", 8 * 48)
-    pool = Pool.of(data(loader(4, torch.arange(300) % 3)), Tasks.of([1]), methods.contrastive())
+def test_short_memory_goes_half_to_tasks_and_half_to_contrast_and_is_warned_of() -> None:
+    every = loader(4, torch.arange(300) % 3)
+    with pytest.warns(UserWarning, match=r"^24 samples of each task are drawn from, not 64, .*=384 bytes; pass more"):
+        pool = Pool.of(data(every, memory=8 * 48), Tasks.of([1]), methods.contrastive())
     assert torch.bincount(pool.labels).tolist() == [8, 24, 8]
+    with pytest.warns(UserWarning, match="^16 samples of each task are drawn from, not 64"):  # all are tasks
+        assert len(Pool.of(data(every, memory=8 * 48), None, methods.contrastive())) == 48
+    with warnings.catch_warnings():  # what the loader does not have is not for lack of memory
+        warnings.simplefilter("error")
+        assert len(Pool.of(data(every), Tasks.of([1]), methods.contrastive(images=500))) == 300
+        assert len(Pool.of(data(every, memory=8 * 128), Tasks.of([1]), methods.contrastive())) == 21 + 64 + 21
 
 
 def test_every_step_draws_as_many_of_each_task_and_of_others() -> None:

@@ -25,6 +25,7 @@ from ..gating import Closed
 from ..learning import CACHE_BYTES, learn
 from ..masks import Masks, load
 from ..progress import Report, csv_log, tensorboard_log
+from ..sampling import POOL_BYTES
 from .models import (
     Command,
     check_writable,
@@ -106,6 +107,10 @@ def _learning_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--cache", type=size, metavar="MB", default=CACHE_BYTES // 2**20,
         help="memory for the full network's answers (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--memory", type=size, metavar="MB", default=POOL_BYTES // 2**20,
+        help="for the images that are learnt from; with too little they are fewer of each class (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -219,6 +224,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "autocast": PRECISIONS[options.precision],
         "cache": options.cache * 2**20,
+        "memory": options.memory * 2**20,
         "checkpoint": options.checkpoint,
         **({} if options.every is None else {"every": options.every}),
     }

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..masks import Masks
 
-OPTIONS = "axis|cache|checkpoint|closed|fidelity|keep|method|sites|start|tasks|weights"  # named alike in Python
+OPTIONS = "axis|cache|checkpoint|closed|fidelity|keep|memory|method|sites|start|tasks|weights"  # named alike in Python
 Update = Callable[..., None]  # (done, total, figures to show beside)
 
 AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may have brackets and colons
