@@ -65,7 +65,7 @@ def test_learn_shows_its_worth_and_warns(capsys: pytest.CaptureFixture[str], mon
     few = ["--test-images", "6"]
     assert run(*LEARN, "--tasks", "1", "--method", "nad", "--epochs", "1", "--sites", "layer[12].*", *few) == 0
     shown, told = capsys.readouterr()
-    assert "measuring will take 120 forward passes; --test-images 5 measures on" in told
+    assert "measuring will take 120 forward passes; --test-images N takes fewer" in told
     for word in ("recall", "AUC", "full", "sub-architecture", "random mask", "Recall alone proves nothing"):
         assert word in shown
     assert nadhooks.load("masks.safetensors").provenance["method"] == "nad"
@@ -184,6 +184,22 @@ def test_the_bar_shows_loss_share_and_time_left_in_every_round(monkeypatch: pyte
     assert any(later < before for before, later in itertools.pairwise(places))
 
 
+def test_a_file_in_the_place_of_the_screen_is_told_now_and_then_how_far_things_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = Console(file=io.StringIO(), width=120)
+    monkeypatch.setattr(printing, "err", written)
+    monkeypatch.setattr(printing, "FIRST_LINE", 60)
+    now = itertools.count(0, 20)  # seconds: every step takes twenty, and the clock is read once for the beginning
+    monkeypatch.setattr(printing, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with printing.bar("measuring") as update:
+        for step in range(1, 16):
+            update(step, 2000, "loss 1")
+    lines = written.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.partition(", ")[0] for line in lines] == [f"measuring: {done} of 2,000" for done in (3, 6, 12)]
+    assert all(re.search(r", loss 1, \d+:\d\d:\d\d left$", line) for line in lines), lines
+
+
 def test_inspect_graph_and_render(mask_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", str(mask_file)) == 0
     assert run("graph", str(mask_file), "--task", "5", "-o", "g.json") == 0
@@ -232,7 +248,11 @@ transform = to_tensor
 def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.CaptureFixture[str]) -> None:
     Path("net.py").write_text(OWN)
     assert run("learn", "net.py:build", "--data", "digits", "--tasks", "0", "1", "--no-test") == 0
-    assert [site.name for site in nadhooks.load("masks.safetensors").sites] == ["1", "5"]
+    told = capsys.readouterr().err
+    assert "the weights are those that net.py:build gives; pass --weights FILE if it loads none" in told
+    masks = nadhooks.load("masks.safetensors")
+    assert [site.name for site in masks.sites] == ["1", "5"]
+    assert masks.provenance["trained"] == "net.py:build"
     assert run("sites", "net.py:build") == 1
     assert "what input Sequential takes; give the size by --image-size" in capsys.readouterr().err
     assert run("sites", "net.py:build", "--image-size", "8") == 0

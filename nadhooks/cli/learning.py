@@ -39,6 +39,7 @@ from .models import (
     modelling,
     reading,
     transform_of,
+    weights_of,
     with_wordnet,
 )
 from .printing import AT_LEAST_1, HEADINGS, Update, bar, err, number, out, say, table
@@ -49,7 +50,7 @@ WARNING = (
     "false-positive rate of 1. Compare all four figures with the full network's and with the random mask's."
 )
 CLASSES_SHOWN = 20
-MANY = 5_000_000  # passes, an hour or so on a GPU
+MANY = 500_000  # passes: minutes on a GPU, hours on a CPU
 
 
 def add_commands(command: Command) -> None:
@@ -169,7 +170,7 @@ def _learn(options: argparse.Namespace) -> None:
         raise DataError(f"{options.data} has no held-out images of {what} to measure on; add some, or pass --no-test")
     passes = 0 if test is None else 2 * len(labels) * len(test)  # of each class's units, and of as many random ones
     if passes > MANY:
-        told = f"measuring will take {passes:,} forward passes; --test-images 5 measures on five images of each class"
+        told = f"measuring will take {passes:,} forward passes; --test-images N takes fewer images, --no-test none"
         err.print(told, soft_wrap=True)
     with bar(f"learning masks for {len(labels)} classes") as update:
         masks = learn(
@@ -180,8 +181,7 @@ def _learn(options: argparse.Namespace) -> None:
             progress=[_learning(update), *logs],
             **settings,
         )
-    trained = options.weights or ("pretrained" if options.pretrained else "random")
-    masks = _from(masks, options.model, options.data, classes, trained=trained)
+    masks = _from(masks, options.model, options.data, classes, trained=weights_of(options))
     if isinstance(settings["start"], Masks):
         start = {"file": options.start, **masks.provenance["start"]}
         masks = masks.replaced(provenance={**masks.provenance, "start": start})
@@ -252,7 +252,7 @@ def _learning(update: Update) -> Report:
 def _from(masks: Masks, model: str, data: str, classes: Mapping[str, int], **trained: str) -> Masks:
     """With the names of the model and the data that a person typed, and the WordNet ids of ImageNet's classes.
 
-    trained: the file of the weights, or "pretrained".
+    trained: where the weights are from.
     """
     origin = {**masks.provenance, "model": model, "data": data, **trained}
     return masks.replaced(tasks=with_wordnet(masks.task_rows, classes), provenance=origin)

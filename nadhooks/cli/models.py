@@ -144,13 +144,22 @@ def made_model(options: argparse.Namespace, *, runs: bool) -> nn.Module:
 
         huggingface_hub.logging.set_verbosity_error()  # two lines for every try to reach it; the last error says all
     model = zoo.load_model(options.model, weights=options.weights, pretrained=options.pretrained)
-    if runs and options.weights is None and not options.pretrained:
+    if runs and weights_of(options) == "random":
         note = "nadhooks: note: the weights are random; pass --weights FILE or --pretrained for a trained model"
+        err.print(note, soft_wrap=True)
+    elif runs and weights_of(options) == options.model:
+        note = f"nadhooks: note: the weights are those that {options.model} gives; pass --weights FILE if it loads none"
         err.print(note, soft_wrap=True)
     model = model.to(device_of(options.device))
     if options.image_size is not None:
         zoo.set_image_size(model, options.image_size)
     return model
+
+
+def weights_of(options: argparse.Namespace) -> str:
+    """Where a model's weights are from: a file, "pretrained", what makes the model, or "random"."""
+    made = options.model if options.model.partition(":")[0].endswith(".py") else "random"
+    return options.weights or ("pretrained" if options.pretrained else made)
 
 
 def transform_of(model: nn.Module, options: argparse.Namespace) -> Callable[..., torch.Tensor]:

@@ -6,8 +6,10 @@ import argparse
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 from rich.console import Console
@@ -21,6 +23,8 @@ Update = Callable[..., None]  # (done, total, figures to show beside)
 
 AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may have brackets and colons
 LONGEST = 72  # of the names that rows are about
+SPEED_OVER = 600  # seconds, over which the time left is estimated: one step may take a minute
+FIRST_LINE = 60  # seconds, after which a file is told how far things are
 
 out = Console(**AS_IT_IS, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
 err = Console(**AS_IT_IS, stderr=True, force_terminal=sys.stderr.isatty())  # a bar is of no use in a file
@@ -33,19 +37,28 @@ def say(text: str) -> None:
 
 @contextmanager
 def bar(text: str) -> Iterator[Update]:
-    """A progress bar on the screen, gone when done; `update(done, total, figures)` moves it, also back to a start."""
+    """A progress bar on the screen, gone when done; `update(done, total, figures)` moves it, also back to a start.
+
+    Where a file takes the place of the screen: a line after one, two, four … minutes.
+    """
     ends = (MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), *ends)
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    shown: dict[str, Any] = {"transient": True, "disable": not err.is_terminal, "speed_estimate_period": SPEED_OVER}
+    with Progress(*columns, console=err, **shown) as progress:
         task = progress.add_task(text, total=None, figures="")
-        before = 0
+        before, begun, quiet = 0, time.monotonic(), FIRST_LINE
 
         def update(done: int, total: int, figures: str = "") -> None:
-            nonlocal before
+            nonlocal before, quiet
             if done < before:  # another round: a finished bar would show no time left
                 progress.reset(task, figures=figures)
             before = done
             progress.update(task, completed=done, total=total or None, figures=figures)
+            if progress.disable and time.monotonic() - begun >= quiet:
+                quiet *= 2
+                left = progress.tasks[0].time_remaining
+                said = (f"{done:,} of {total:,}", figures, left and f"{timedelta(seconds=left)} left")
+                err.print(f"{text}: {', '.join(part for part in said if part)}", soft_wrap=True)
 
         yield update
 
