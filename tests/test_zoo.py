@@ -16,7 +16,9 @@ from torch import nn
 
 import nadhooks
 from nadhooks import zoo
+from nadhooks.cli.models import with_wordnet
 from nadhooks.errors import ModelError
+from nadhooks.tasks import Tasks
 
 FACTORY = """
 import torch
@@ -224,6 +226,9 @@ def test_imagenet_classes_are_known_by_name_and_wordnet_id() -> None:
         assert known["n01440764"] == 0  # tench
         assert known["n15075141"] == 999  # toilet paper
         assert (known["tench"], known["goldfish"]) == (0, 1)
+        named = with_wordnet(Tasks.of({1: "goldfish", 0: "n01440764"}), known)
+        assert named.wordnet == ("n01443537", "n01440764")
+        assert not with_wordnet(Tasks.of({0: "shirt", 1: "tench"}), known).wordnet  # others with a thousand outputs
     resized = zoo.load_model("torchvision:resnet18")
     zoo.set_image_size(resized, 32)
     assert zoo.class_index_of(resized)["tench"] == 0

@@ -187,8 +187,10 @@ def chosen_sites(options: argparse.Namespace) -> Sites:
 
 
 def with_wordnet(tasks: Tasks, classes: Mapping[str, int]) -> Tasks:
+    """With the WordNet ids of the tasks that are ImageNet's classes by name too: others may have as many outputs."""
     wordnet: dict[object, str] = {index: name for name, index in classes.items() if re.fullmatch("n[0-9]{8}", name)}
-    ids = tuple(wordnet.get(label, "") for label in tasks.labels)
+    named = zip(tasks.labels, tasks.names, strict=True)
+    ids = tuple(wordnet.get(label, "") if classes.get(name) == label else "" for label, name in named)
     return replace(tasks, wordnet=ids if any(ids) else ())
 
 
