@@ -36,6 +36,7 @@ from .sampling import (
     own_batches,
     seed_loaders,
 )
+from .starting import SAMPLES, beside_means
 from .tasks import Label, Tasks
 from .teaching import Teacher
 
@@ -43,6 +44,7 @@ TIMES = 10  # in a run that held-out samples are measured
 HELD_OUT = 5  # of each so many samples one is held out where fidelity is asked for and nothing else is given
 HELD_OUT_DRAWS: dict[str, Any] = {"steps": 4, "positives": 8, "negatives": 8, "images": None}
 SEVERAL = 0.3  # where each task keeps a share of its own, all take the steps of this one, whatever the others keep
+TINY = 1e-12  # a deviation of rounding errors
 WARM = 3.0  # scores of a warm start run from minus this to this; a step of ours moves them by about 1
 
 
@@ -87,6 +89,7 @@ class Learner:
     held: Pool | None = None  # others, that fidelity is measured on
     first: Table | None = None  # scores of a warm start
     deviations: Table = field(default_factory=dict)  # {site: (units,)} of what leaves the open network's sites
+    starts: Table = field(default_factory=dict)  # {site: (units,)} of what closed units put out, in these, from means
     clock: Clock = field(default_factory=Clock)
     samples: int = 0  # that went through gates
     told_at: int = 0  # how many tenths of the run were over when held-out samples were last measured
@@ -129,6 +132,10 @@ class Learner:
         if means:
             self.gates.close_to_means(means)
             self.deviations = {name: x.to(self.gates.logits[name]) for name, x in means.deviations().items()}
+        if self.closed == "optimal":
+            some = torch.linspace(0, len(self.pool) - 1, min(SAMPLES, len(self.pool))).long()
+            for name, x in beside_means(self.teacher.forward, self.pool.part(some).inputs, len(some)).items():
+                self.starts[name] = x.to(self.deviations[name]) / self.deviations[name].clamp(min=TINY)
 
     def seed_loaders(self) -> None:
         """For samples in one order, whatever was read before: persistent workers draw a number less the second time."""
@@ -292,7 +299,9 @@ class Learner:
         initial = self.initial(labels)
         if first is not None:  # the small differences between first scores break ties
             initial = {site: score + first[site] for site, score in initial.items()}
-        offsets = {site: torch.zeros_like(score) for site, score in initial.items() if self.closed == "optimal"}
+        offsets = {}
+        if self.closed == "optimal":
+            offsets = {site: torch.zeros_like(score) + self.starts.get(site, 0) for site, score in initial.items()}
         begun, tables, samples, keys = self.checkpoint.begin({"scores": initial, "offsets": offsets})
         learnt = Learnt(*(tables.setdefault(part, {}) for part in Learnt._fields))
         states = [tables.setdefault(f"{part}, state", {}) for part in Learnt._fields]

@@ -124,7 +124,8 @@ def learn(
     if (fidelity is not None or held_out is not None) and method.ranks and method.output == "any":
         method = replace(method, output="softmax")  # its objective measures no distance from the full network
     closed = method.closed if closed is None else closed
-    check_closed(closed, get_args(Closed) if method.closing else ("zero", "mean"))
+    learns_constants = method.closing is not None and method.sampling == "balanced"
+    check_closed(closed, get_args(Closed) if learns_constants else ("zero", "mean"))
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     own = torch.autocast(device.type, enabled=False)  # the user's would be in force in some passes only

@@ -47,6 +47,7 @@ FLOORS = [
     {"hookable"},
     {"gates", "flow", "seeing", "segments", "analysis"},
     {"teaching", "evaluation.recognition", "folding", "shrinking"},
+    {"starting"},
     {"learner"},
     {"faithfulness"},
     {"learning", "rendering", "effects"},

@@ -216,7 +216,7 @@ def test_learning_finds_the_same_with_and_without(
     forward = Forward.__call__
 
     def plain(self: Forward, inputs: Any, samples: int, see: Any = None, known: Any = None) -> Any:
-        if torch.is_grad_enabled():  # a step, and not a trial
+        if torch.is_grad_enabled() and see is None:  # a step, and neither a trial nor the preparation
             taken.append(known is not None and self.shortcut is not None)
         return forward(self, inputs, samples, see)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import nadhooks
 from nadhooks import methods
+from nadhooks.starting import TOGETHER
 from nadhooks.teaching import Forward, Teacher
 
 from .nets import Line, Mlp, fair_line, images, labelled, seeded, vectors
@@ -127,8 +128,8 @@ def test_learning_asks_the_open_network_for_each_image_once() -> None:
         seen = counted(model)
         masks[cache] = nadhooks.learn(model, data, "act1", method=method, cache=cache)
         passes[cache] = [n for n in seen if n > 2]  # attaching looks at one and two
-    assert passes[LARGE] == [60] + [24] * 10  # the preparation, then the gated network alone
-    asked = sum(passes[0]) - 60 - 10 * 24
+    assert passes[LARGE] == [60, TOGETHER] + [24] * 10  # the preparation, then the gated network alone
+    asked = sum(passes[0]) - 60 - TOGETHER - 10 * 24
     assert asked > 10 * 12  # in each step
     assert torch.equal(masks[0]["act1"], masks[LARGE]["act1"])
 

@@ -44,7 +44,8 @@ def contrastive(
     to `keep` along a cubic, with noise of `noise` times their standard deviation at first and none in the end;
     gradients go straight through to the scores, in steps of one length for each task. From 65 % of the steps to 90 %
     scores are averaged; the averages' best units are kept, and the last steps are for what closed units put out. That
-    is learnt along with the scores, in steps of `constants` standard deviations of each unit. Loss of a task:
+    is learnt along with the scores, in steps of `constants` standard deviations of each unit, from its mean on, or from
+    beside it where a ReLU would stop the gradients (`nadhooks.starting`). Loss of a task:
     −log p(class), mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full
     network, mean over uniformly drawn negatives, both of logits brought to the spread of the full network's, plus
     `activation` × the mean over sites of the relative squared change of the activations, on positives and on negatives;

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.learning            # some 2 hours on an idle core (estimated), half for the curve
     python -m tests.benchmarks.learning --quick    # 5 to 10 minutes: one network, three classes, one seed
     python -m tests.benchmarks.learning --parts curve --figure docs/images/learning-curve.svg
+    python -m tests.benchmarks.learning --parts contrastive --reference-classes 0 --convolutions
 
 (`python tests/benchmarks/learning.py` is the same.)
 
@@ -130,6 +131,8 @@ def bench(name: str, options: argparse.Namespace) -> Bench:
     with torch.no_grad():
         right = torch.cat([model(x) for x in test[0].split(500)]).argmax(1).eq(test[1]).double().mean()
     console.rule(f"{name}, {right:.1%} of the held-out images right")
+    if options.convolutions:
+        sites = [each for each, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out = list(zip(test[0].split(250), test[1].split(250), strict=True))
     return Bench(name, build, sites, model, images[order], labels[order], held_out, list(range(options.classes)))
@@ -178,7 +181,7 @@ def against_reference(bench: Bench, options: argparse.Namespace) -> None:
             name,
             *(f"{value:.3f}" for value in mean(rows.values())),
             time_of,
-            f"{ratio(every, name):.1f}" if times else "",
+            f"{ratio(every, name):.1f}" if times and "reference" in worth else "",
         )
     console.print(table)
     number = sum(len(runs.times_of_reference) for runs in every)
@@ -287,7 +290,8 @@ def judge(bench: Bench, every: Sequence[Runs], worth: Worth) -> None:
             targets.add(f"{name}: false positives", found[2], fpr)
             targets.add(f"{name}: AUC", found[3], auc_of)
             targets.add(f"{name}: false positives at recall 95 %", found[4])
-            targets.add(f"{name}: reference's time / its time", ratio(every, name), times, 1)
+            if "reference" in worth:
+                targets.add(f"{name}: reference's time / its time", ratio(every, name), times, 1)
             if keep == 0.15:  # collapse: yes to everything, or to nothing
                 targets.add(f"{name}: recall − false positives", found[1] - found[2], "≥ 0.5")
     targets.show()
@@ -549,6 +553,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--curve-seeds", type=int, default=1)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--convolutions", action="store_true", help="gates before batch norm and ReLU, not behind")
     parser.add_argument("--epochs", type=int, default=5, help="of the networks' training")
     parser.add_argument("--pixels", type=int, default=224, help="at which memory is measured")
     parser.add_argument("--figure", type=Path, help="where the curve is drawn, such as docs/images/learning-curve.svg")
