@@ -203,10 +203,14 @@ class Learner:
         return self.final(self.learn(selection, several), selection, self.tasks.labels)
 
     def final(self, learnt: Learnt, selection: Selection | None, labels: Sequence[object]) -> Found:
-        """What there would be if learning ended with this."""
+        """What there would be if learning ended with this.
+
+        Units that stay open need no start from which to learn: were they closed, the mean is what they stand for.
+        """
         with torch.no_grad():
             gates = self.method.estimator(learnt.scores, self.step(self.method.steps, selection, labels))
-            found = gates, self.constants(learnt.offsets)
+            offsets = {site: x - self.starts.get(site, 0) * (gates[site] == 1) for site, x in learnt.offsets.items()}
+            found = gates, self.constants(offsets)
         return Found(*({site: x.detach().cpu() for site, x in table.items()} for table in found))
 
     def everything(self) -> Found:

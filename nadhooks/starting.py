@@ -23,16 +23,17 @@ SAMPLES, TOGETHER = 64, 16  # that are looked at, and as many of them in a pass
 
 
 def beside_means(forward: Forward, inputs: Any, samples: int) -> dict[str, Tensor]:
-    """{site: (units,)}: how far beside the unit's mean to start, 0 where every position has something depend on it."""
+    """{site: (units,)}: how far beside the unit's mean to start, 0 where no value is stopped."""
     forward = replace(forward, autocast=None)  # or what is small would be 0
     sums, counts = defaultdict[str, Any](int), defaultdict[str, Any](int)
     for places in torch.arange(samples).split(TOGETHER):
         stopped = False
         for name, (value, slope) in _slopes(forward, pick(inputs, places), len(places)).items():
             live = (slope != 0).sum(1)
-            sums[name] += live * _beside(value, slope)
+            beside = _beside(value, slope)
+            sums[name] += live * beside
             counts[name] += live
-            stopped |= bool((live < slope.shape[1]).any())
+            stopped |= bool(beside.any())
         if not stopped:  # as behind the last layer of a block; others would show the same
             break
     return {name: total / counts[name].clamp(min=1) for name, total in sums.items()}
@@ -41,18 +42,20 @@ def beside_means(forward: Forward, inputs: Any, samples: int) -> dict[str, Tenso
 def _beside(value: Tensor, slope: Tensor) -> Tensor:
     """(units, positions) values and the gradients that came back to them -> (units,), from the mean to the start.
 
-    Positions with a gradient are live, and `low` to `high` is where their values lie. A ReLU makes of all that is below
-    one value, which is that of `low`; positions between that are not live (another one is larger in a pooling window,
-    or nobody reads them) say nothing. The mean of these would stand for the unit, but where few are live it is so close
-    to `low` that gradients are stopped again; the start is halfway from there to the mean of what is live.
+    Positions with a gradient are live, and `low` to `high` is where their values lie. Of all that is below a ReLU makes
+    one value, that of `low`, so that the mean of `passed` stands for the unit. Where little of it is live that is so
+    close to `low` that gradients are stopped again: the more is outside, the nearer the start is to the mean of what is
+    live. Positions between that have no gradient say nothing: another is larger in a pooling window, or nobody reads
+    them.
     """
     live = slope != 0
     count = live.sum(1)
-    kept = value.where(live, 0).sum(1) / count.clamp(min=1)
     low, high = value.where(live, torch.inf).amin(1), value.where(live, -torch.inf).amax(1)
-    below, above = (value < low[:, None]).float().mean(1), (value > high[:, None]).float().mean(1)
-    start = kept - (below * (kept - low) + above * (kept - high)) / 2
-    return (start - value.mean(1)).where((count > 0) & (count < slope.shape[1]), 0)
+    passed = value.clamp(low[:, None], high[:, None])
+    outside = (passed != value).float().mean(1)
+    mean, kept = passed.mean(1), value.where(live, 0).sum(1) / count.clamp(min=1)
+    start = mean + outside * (kept - mean)
+    return (start - value.mean(1)).where((count > 0) & (outside > 0), 0)
 
 
 def _slopes(forward: Forward, inputs: Any, samples: int) -> dict[str, tuple[Tensor, ...]]:

@@ -16,38 +16,19 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import get_args
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import nadhooks
 from nadhooks.evaluation import Verification
 from nadhooks.gating import Closed
 
-from .networks import ADAMW, pixels, resnet, trained, vgg
+from .networks import ADAMW, SMALL, pixels, trained
 
 console = Console(width=140)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet": partial(resnet, 32, 64, 96, 128),
-    "vgg": vgg,
-    "densenet": partial(
-        timm.create_model, "densenet121", in_chans=1, growth_rate=12, block_config=(4, 4, 4), num_classes=10
-    ),
-    "seresnet": partial(
-        timm.create_model, "seresnet18", in_chans=1, channels=(32, 64, 96, 128), num_classes=10
-    ),
-    "vit": partial(
-        timm.create_model, "vit_tiny_patch16_224", in_chans=1, img_size=28, patch_size=4, embed_dim=96, depth=4,
-        num_heads=4, num_classes=10,
-    ),
-}  # fmt: skip
 
 
 def row(name: str, accuracy: float, found: list[Verification], seconds: float) -> list[str]:
@@ -68,7 +49,7 @@ def row(name: str, accuracy: float, found: list[Verification], seconds: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--models", nargs="+", choices=SMALL, default=[name for name in SMALL if name != "convnext"])
     parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--images", type=int, default=32, help="of each class, for the graph and for its proof")
     parser.add_argument("--train-images", type=int, default=20_000)
@@ -85,7 +66,7 @@ def main() -> None:
         title=f"rank correlation / Pearson; means over {options.classes} classes, {options.images} images",
     )  # fmt: skip
     for name in options.models:
-        model = trained(f"flow-{name}", NETWORKS[name], images, labels, options.epochs, ADAMW, console)
+        model = trained(f"flow-{name}", SMALL[name], images, labels, options.epochs, ADAMW, console)
         with torch.no_grad():
             accuracy = float(model(held_images).argmax(1).eq(held_labels).double().mean())
         loader = list(zip(images[:4000].split(100), labels[:4000].split(100), strict=True))

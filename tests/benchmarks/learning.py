@@ -4,6 +4,7 @@
     python -m tests.benchmarks.learning --quick    # 5 to 10 minutes: one network, three classes, one seed
     python -m tests.benchmarks.learning --parts curve --figure docs/images/learning-curve.svg
     python -m tests.benchmarks.learning --parts contrastive --reference-classes 0 --convolutions
+    python -m tests.benchmarks.learning --parts class-only contrastive --reference-classes 0 --networks densenet vit
 
 (`python tests/benchmarks/learning.py` is the same.)
 
@@ -51,13 +52,14 @@ if not __package__:  # as a file: python tests/benchmarks/learning.py
     sys.path[0], __package__ = str(Path(__file__).parents[2]), "tests.benchmarks"
 
 from .. import planted
-from .networks import RESNET_SITES, SGD, VGG_SITES, pixels, resnet, trained, vgg
+from .networks import ADAMW, RESNET_SITES, SGD, SMALL, VGG_SITES, pixels, resnet, trained, vgg
 from .reference import BATCH, BETA, Shown, reference
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "resnet": (lambda: resnet(32, 64, 128, 256), RESNET_SITES),
     "vgg": (vgg, VGG_SITES),
 }
+OTHERS = [name for name in SMALL if name not in NETWORKS]  # to be asked for, with blocks() for sites
 PARTS = ("nad", "class-only", "contrastive", "curve", "steps", "memory", "planted", "gpu")
 OWN_IMAGES = 512  # per class, as many as make the reference's 21 epochs 672 steps of 16
 SHARES = (0.9, 0.7, 0.55, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
@@ -100,7 +102,7 @@ class Bench:
 
     name: str
     build: Callable[[], nn.Module]
-    sites: list[str]
+    sites: list[str] | None
     model: nn.Module
     images: Tensor
     labels: Tensor
@@ -124,9 +126,13 @@ class Bench:
 
 
 def bench(name: str, options: argparse.Namespace) -> Bench:
-    build, sites = NETWORKS[name]
+    build, sites = NETWORKS.get(name) or (SMALL[name], None)
     images, labels = pixels("train", console)
-    model = trained(f"learning-{name}", build, images, labels, options.epochs, SGD, console)
+    if name in OTHERS:
+        images, labels = images[:20_000], labels[:20_000]
+        model = trained(f"flow-{name}", build, images, labels, 4, ADAMW, console)
+    else:
+        model = trained(f"learning-{name}", build, images, labels, options.epochs, SGD, console)
     test = [part[: options.test_images] for part in pixels("test", console)]
     with torch.no_grad():
         right = torch.cat([model(x) for x in test[0].split(500)]).argmax(1).eq(test[1]).double().mean()
@@ -543,7 +549,7 @@ def on_gpu(model: nn.Module, sites: list[str], size: int, classes: int, device: 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=[*NETWORKS, *OTHERS], default=list(NETWORKS))
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
