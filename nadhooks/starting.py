@@ -29,7 +29,7 @@ def beside_means(forward: Forward, inputs: Any, samples: int) -> dict[str, Tenso
     for places in torch.arange(samples).split(TOGETHER):
         stopped = False
         for name, (value, slope) in _slopes(forward, pick(inputs, places), len(places)).items():
-            live = (slope != 0).sum(1)
+            live = (slope != 0).flatten(1).sum(1)
             beside = _beside(value, slope)
             sums[name] += live * beside
             counts[name] += live
@@ -40,26 +40,30 @@ def beside_means(forward: Forward, inputs: Any, samples: int) -> dict[str, Tenso
 
 
 def _beside(value: Tensor, slope: Tensor) -> Tensor:
-    """(units, positions) values and the gradients that came back to them -> (units,), from the mean to the start.
+    """(units, samples, positions) values and the gradients that came back to them -> (units,), from mean to start.
 
-    Positions with a gradient are live, and `low` to `high` is where their values lie. Of all that is below a ReLU makes
-    one value, that of `low`, so that the mean of `passed` stands for the unit. Where little of it is live that is so
-    close to `low` that gradients are stopped again: the more is outside, the nearer the start is to the mean of what is
-    live. Positions between that have no gradient say nothing: another is larger in a pooling window, or nobody reads
-    them.
+    Positions where no unit of any sample has a gradient are left out: nobody reads them, as a ViT's tokens beside the
+    one for the class. Values with a gradient are live, and `low` to `high` is where they lie. Of all that is below a
+    ReLU makes one value, that of `low`, so that the mean of `passed` stands for the unit. Where little of it is live
+    that is so close to `low` that gradients are stopped again: the more is outside, the nearer the start is to the mean
+    of what is live. Values between that have no gradient say nothing: another is larger in a pooling window.
     """
-    live = slope != 0
+    average, live = value.flatten(1).mean(1), slope != 0
+    read = live.flatten(0, 1).any(0)
+    if not read.any():
+        return torch.zeros_like(average)
+    value, live = value[:, :, read].flatten(1), live[:, :, read].flatten(1)
     count = live.sum(1)
     low, high = value.where(live, torch.inf).amin(1), value.where(live, -torch.inf).amax(1)
     passed = value.clamp(low[:, None], high[:, None])
     outside = (passed != value).float().mean(1)
     mean, kept = passed.mean(1), value.where(live, 0).sum(1) / count.clamp(min=1)
     start = mean + outside * (kept - mean)
-    return (start - value.mean(1)).where((count > 0) & (outside > 0), 0)
+    return (start - average).where((count > 0) & (outside > 0), 0)
 
 
 def _slopes(forward: Forward, inputs: Any, samples: int) -> dict[str, tuple[Tensor, ...]]:
-    """{site: values and gradients, (units, positions) each}, of the open network; no site that no gradient reaches.
+    """{site: values and gradients, (units, samples, positions) each} of the open network, where gradients come to.
 
     The gradient of a random weighting of all outputs: what is exactly 0 is so for each of them.
     """
@@ -69,7 +73,7 @@ def _slopes(forward: Forward, inputs: Any, samples: int) -> dict[str, tuple[Tens
     def see(site: Site, x: Tensor) -> None:
         def units(tensor: Tensor) -> Tensor:
             wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-            return by_unit(wide, site, samples).movedim(1, 0).flatten(1)
+            return by_unit(wide, site, samples).movedim(1, 0)
 
         passed.append(x.requires_grad)
         if x.requires_grad:
@@ -85,4 +89,4 @@ def _slopes(forward: Forward, inputs: Any, samples: int) -> dict[str, tuple[Tens
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(x.shape, generator=generator).to(x) for x in shown]
         torch.autograd.grad(shown, [*gates.values()], weights, allow_unused=True)
-    return {name: tuple(torch.cat(side, 1) for side in zip(*parts, strict=True)) for name, parts in found.items()}
+    return {name: tuple(torch.cat(side, 2) for side in zip(*parts, strict=True)) for name, parts in found.items()}

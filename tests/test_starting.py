@@ -79,26 +79,30 @@ def test_what_is_read_at_large_values_counts_from_above_too() -> None:
 class First(nn.Module):
     """Of five positions, as of a transformer's tokens, the first alone is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.tokens, self.last = nn.Conv1d(4, 6, 1), nn.Linear(6, 3)
+        self.tokens, self.between, self.last = nn.Conv1d(4, 6, 1), between, nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.tokens(x)[:, :, 0])
+        return self.last(self.between(self.tokens(x))[:, :, 0])
 
 
-def test_positions_that_nobody_reads_count_where_they_are_unlike_those_that_are_read() -> None:
-    model = First()
+def test_positions_that_nobody_reads_are_left_out() -> None:
     x = torch.stack([inputs(seed) for seed in range(5)], 2) + torch.arange(5.0)  # (samples, 4, 5)
+    assert torch.equal(looked_at(First(torch.tanh), x, "tokens")["tokens"], torch.zeros(6))
+
+    model, alone = First(F.relu), Between(F.relu)
+    alone.first.load_state_dict({"weight": model.tokens.weight[:, :, 0], "bias": model.tokens.bias})
+    x = x[:TOGETHER]
     with torch.no_grad():
-        values = model.tokens(x)  # (samples, 6, 5)
-    beside = looked_at(model, x, "tokens")["tokens"]
-    low, high = values[:, :, 0].amin(0), values[:, :, 0].amax(0)
-    start = values.mean((0, 2)) + beside
-    assert ((low < start) & (start < high)).all()
-    alike = x[:, :, :1].repeat(1, 1, 5)
-    assert torch.equal(looked_at(model, alike, "tokens")["tokens"], torch.zeros(6))
+        values = model.tokens(x)  # (TOGETHER, 6, 5)
+    start = values.mean((0, 2)) + looked_at(model, x, "tokens")["tokens"]
+    of_read = values[:, :, 0].mean(0) + looked_at(alone, x[:, :, 0], "first")["first"]
+    stopped = (values[:, :, 0] < 0).any(0) & (values[:, :, 0] > 0).any(0)
+    assert stopped.sum() > 3
+    assert torch.allclose(start[stopped], of_read[stopped], atol=1e-5)
+    assert torch.equal(start[~stopped], values.mean((0, 2))[~stopped])
 
 
 def test_units_that_nothing_depends_on_and_outputs_without_gradients_start_at_their_means() -> None:
