@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +104,14 @@ def _fashion(split: Split, transform: Transform) -> Images:
 
     root = cache_dir()
     raw = root / "FashionMNIST" / "raw"
-    if not raw.is_dir() and DEBIAN_FASHION.is_dir():
-        raw.mkdir(parents=True)
-        for packed in DEBIAN_FASHION.glob("*.gz"):
+    for packed in DEBIAN_FASHION.glob("*.gz"):
+        if not (raw / packed.stem).is_file():  # another process may be at it too
+            raw.mkdir(parents=True, exist_ok=True)
             with gzip.open(packed) as file:
                 write_bytes(raw / packed.stem, file.read())
     try:
         dataset = FashionMNIST(str(root), train=split == "train", transform=transform, download=True)
     except Exception as error:  # downloads fail in many ways
-        shutil.rmtree(raw, ignore_errors=True)
         raise DataError(
             f"Fashion-MNIST is neither in {root} nor can it be downloaded ({error}); "
             "install Debian's dataset-fashion-mnist, or put the four idx files into " + str(raw)

@@ -69,8 +69,24 @@ def test_without_fashion_mnist_the_cures_are_named(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "none")
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(DataError, match="dataset-fashion-mnist, or put the four idx files into"):
-        data.load_images("fashion-mnist", "train", to_tensor)
+    mine = data.cache_dir() / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"one of four")
+    for _ in range(2):
+        with pytest.raises(DataError, match="dataset-fashion-mnist, or put the four idx files into"):
+            data.load_images("fashion-mnist", "train", to_tensor)
+    assert mine.read_bytes() == b"one of four"
+
+
+def test_fashion_mnist_is_completed_from_debians_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process finds it that comes while another is unpacking, or after one that could not download."""
+    fashion(tmp_path)
+    raw = data.cache_dir() / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-labels-idx1-ubyte").write_bytes(idx((torch.arange(20) % 5).to(torch.uint8)))
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path)
+    train = data.load_images("fashion-mnist", "train", to_tensor)
+    assert train.labels == [place % 5 for place in range(20)]
 
 
 def folders(root: Path, *names: str, images: int = 5) -> Path:
