@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -91,9 +92,10 @@ def learn(
         figures go into `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is
         measured on it (otherwise on every fifth sample of the loader).
     seed: decides initial scores and draws, for each task alone: the order of tasks changes nothing.
-    autocast: a dtype to compute in, torch.bfloat16 or torch.float16 where the hardware is fast in it. Scores stay as
-        they are. A `torch.autocast` around the call has no say. A default device has one in the model and the loader;
-        what objectives and other callables make is on the CPU if they do not say where.
+    autocast: a dtype to compute in, torch.bfloat16 or torch.float16 where the hardware is fast in it (a warning says if
+        the processor is not). Scores stay as they are. A `torch.autocast` around the call has no say. A default device
+        has one in the model and the loader; what objectives and other callables make is on the CPU if they do not say
+        where.
     cache: bytes for the open network's answers, which are the same whenever an image comes again.
     memory: bytes for the samples that steps draw from, as many of each label as the method wants (`images`). Where it
         is short, fewer, but four at least, and a warning says how many.
@@ -128,6 +130,8 @@ def learn(
     check_closed(closed, get_args(Closed) if learns_constants else ("zero", "mean"))
     given = Tasks.of(tasks) if tasks is not None else Tasks.of(list(outputs)) if outputs is not None else None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if autocast is not None and device.type == "cpu" and emulated(autocast):
+        warnings.warn(f"this processor has no instructions for {autocast}; float32 is many times as fast", stacklevel=3)
     own = torch.autocast(device.type, enabled=False)  # the user's would be in force in some passes only
     with frozen(model), torch.inference_mode(False), torch.enable_grad(), own:
         seed_loaders(seed, device)  # `frozen` puts the user's random state back
@@ -208,6 +212,13 @@ def _check_autocast(autocast: Any) -> None:
         raise NadhooksError(
             f"autocast: expected torch.bfloat16, torch.float16 or None (the model's own dtype), got {autocast!r}"
         )
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether the processor has no instructions for torch.bfloat16 or torch.float16, so that float32 is faster."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, asked[dtype], None) if torch.backends.mkldnn.is_available() else None
+    return supported is not None and not supported()
 
 
 def _classes(model: nn.Module, sample: Any) -> int:

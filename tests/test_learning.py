@@ -631,6 +631,14 @@ def test_masks_do_not_depend_on_the_default_dtype() -> None:
     assert first == last
 
 
+def test_half_precision_that_the_processor_has_no_instructions_for_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nadhooks.learning.emulated", lambda dtype: True)
+    with pytest.warns(UserWarning, match="no instructions for torch.bfloat16; float32 is many times as fast"):
+        nadhooks.learn(net().float(), [(x.float(), y) for x, y in loader()], "act", autocast=torch.bfloat16)
+
+
 def test_autocast_around_it_changes_nothing() -> None:
     def learn() -> nadhooks.Masks:
         data = [(x.float(), y) for x, y in loader()]

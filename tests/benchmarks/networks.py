@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nadhooks.data import cache_dir, load_images
 from nadhooks.errors import NadhooksError
 from nadhooks.formats.writing import write_bytes
+from nadhooks.learning import emulated
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def trained(
     if kept.is_file():
         model.load_state_dict(safetensors.torch.load_file(kept))
         return model.eval()
+    half = recipe.autocast is not None and not emulated(recipe.autocast)  # or hours instead of minutes
     each = len(images) // recipe.batch
     optimizer = recipe.optimizer(model.parameters(), recipe.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=epochs * each)
@@ -116,7 +118,7 @@ def trained(
             if recipe.flips:
                 shown = torch.where(torch.rand(len(chosen), 1, 1, 1) < 0.5, shown.flip(3), shown)
             optimizer.zero_grad()
-            with torch.autocast("cpu", recipe.autocast, enabled=recipe.autocast is not None):
+            with torch.autocast("cpu", recipe.autocast, enabled=half):
                 outputs = model(shown)
             F.cross_entropy(outputs.float(), labels[chosen]).backward()
             optimizer.step()
