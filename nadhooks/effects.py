@@ -18,6 +18,7 @@ from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
 from .gating import Closed, by_unit, gate, unit_sums
 from .hookable import check_model
+from .identity import without_wrappers
 from .masks import Masks, check_masks
 from .segments import Cut, Gated, Score, replaying
 from .sites import Site
@@ -185,6 +186,7 @@ def setting(
     images = images.to(device)
     with attach(model, masks.sites, example=images[:1]) as attached:
         attached.load(chosen)  # or says how the model differs from that of the masks
+        masks, chosen = (without_wrappers(each, attached.sites) for each in (masks, chosen))
         sites = {site.name: site for site in attached.sites}
         wiring = nx.DiGraph(attached.wiring)  # with joins, and with what the masks know that one image does not show
         wiring.add_edges_from(edge for edge in masks.wiring.edges(data=True) if not wiring.has_edge(*edge[:2]))

@@ -28,7 +28,7 @@ from .gated import put_gate
 from .gating import gate
 from .hookable import bare_copy, check_model
 from .hooking import on_site
-from .identity import misfit, parameters_of_sites, unlike
+from .identity import misfit, parameters_of_sites, unlike, without_wrappers
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
 from .masks import Masks, check_masks
 from .nesting import flatten
@@ -121,6 +121,7 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
         bare = bare_copy(model)
         seen = trace(bare, example)
         sites, _ = find(seen, chosen.sites)
+        chosen = without_wrappers(chosen, sites)
         if differ := unlike(chosen, sites, parameters_of_sites(seen, sites)):
             raise misfit(differ, "take masks of this model, or gates.masks() after gates.load(masks, strict=False)")
         rows: Rows = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -12,15 +11,8 @@ from torch import nn
 
 from .errors import SiteError
 from .masks import Masks, described
-from .sites import Site
+from .sites import Site, unwrapped
 from .tracing import Trace, parameters_behind
-
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")  # DataParallel, DDP; compile; FSDP
-
-
-def unwrapped(name: str) -> str:
-    """A module's name without what wrappers of whole models put before it."""
-    return WRAPPERS.sub("", name)
 
 
 def structure_of(sites: Sequence[Site], parameters_behind: Mapping[str, int]) -> str:

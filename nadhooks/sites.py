@@ -14,6 +14,12 @@ from .structure import attention_heads, block_names, hidden_activations
 from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, own_weights, samples_on_axis_0
 
 Side = Literal["input", "output"]
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")  # DataParallel, DDP; compile; FSDP
+
+
+def unwrapped(name: str) -> str:
+    """A module's name without what wrappers of whole models put before it."""
+    return WRAPPERS.sub("", name)
 
 
 @dataclass(frozen=True)
@@ -297,12 +303,19 @@ def _site(trace: Trace, pick: Pick, call: Call, leaf: Leaf, axis: Axis | None) -
 
 
 def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Sites that are known already (from masks), checked against what the model does."""
+    """Sites that are known already (from masks), checked against what the model does.
+
+    They may be those of the model in or out of a wrapper, such as DataParallel, and then bear this model's names.
+    """
+    modules = dict(trace.model.named_modules())
+    bare = {unwrapped(name): name for name in modules}
     found = []
     for site in sites:
+        if site.module not in modules and (module := bare.get(unwrapped(site.module))):
+            site = replace(site, module=module, name=module + site.name.removeprefix(site.module))
         call = trace.call(site.module)
         if call is None:
-            what = "never fires" if site.module in dict(trace.model.named_modules()) else "does not exist"
+            what = "never fires" if site.module in modules else "does not exist"
             raise SiteError(f"{site.name}: the module {what} in this {type(trace.model).__name__}")
         leaves = {leaf.index: leaf for leaf in (call.inputs if site.side == "input" else call.outputs)}
         leaf = leaves.get(site.leaf or 0)

@@ -161,6 +161,23 @@ def test_wrappers_of_whole_models_do_not_matter(way: str) -> None:
             assert torch.equal(gates.masks()[ours.name], masks[theirs.name])
 
 
+@pytest.mark.parametrize("way", ["into a wrapped model", "out of a wrapped model"])
+def test_gates_attach_where_masks_were_learnt_whatever_wraps_the_model(way: str) -> None:
+    plain, wrapped = net(), nn.DataParallel(net())
+    into, out = (wrapped, plain) if way.startswith("into") else (plain, wrapped)
+    masks = masks_of(out, "**.[13]" if out is wrapped else "[13]")
+    names = [name for name, _ in into.named_modules()]
+    with nadhooks.attach(into, masks.sites, example=X) as gates:
+        assert gates.load(masks) == {}
+        assert all(site.module in names for site in gates.sites)
+        with gates(0):
+            gated = into(X)
+    assert torch.equal(nadhooks.sub_architecture(into, masks, 0, example=X)(X), gated)
+    graph = nadhooks.unit_flow(into, masks, 0, X)
+    assert set(graph.graph["sites"]) == {site.name for site in gates.sites}
+    assert nadhooks.verify(into, masks, graph, X).edges is not None
+
+
 def test_other_names_are_given_by_the_user() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
