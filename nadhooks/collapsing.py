@@ -19,8 +19,9 @@ def collapse(graph: nx.DiGraph, most: int = SITES) -> nx.DiGraph:
 
     Of a site-level graph, sites that share the beginning of their names become one ("layer3.*"), as deep in the names
     as the number allows; where names do not tell, neighbouring stages do ("conv1 … conv9"). Units stand one after
-    another in firing order, and `members` lists the sites. Joins go. Of a unit-level graph, each site becomes a node
-    that keeps the units shown, and an edge's `share` is its sum of |weight| as a part of the largest such sum.
+    another in firing order, and `members` lists the sites. Joins go. Of a unit-level graph, each site of which units
+    are shown becomes a node that keeps these, and an edge's `share` is its sum of |weight| as a part of the largest
+    such sum.
 
     Raises NadhooksError for another graph or a number below 1.
     """
@@ -147,6 +148,8 @@ def _of_units(graph: nx.DiGraph) -> nx.DiGraph:
         if data["kind"] == "unit":
             shown[data["site"]].append(data["unit"])
     for name, data in graph.graph["sites"].items():
+        if not shown[name]:
+            continue
         use = [0.0] * data["units"]
         for unit in shown[name]:
             use[unit] = 1.0

@@ -485,6 +485,12 @@ def test_collapsed_units_are_bands_of_summed_effects() -> None:
     assert small.edges["layer.0", "layer.1"]["share"] == 1
 
 
+def test_collapsed_units_leave_out_sites_that_show_none() -> None:
+    graph = unit_graph(3, 8, 3)
+    graph.remove_nodes_from([name for name in graph if name.startswith("layer.1:")])
+    assert list(nadhooks.collapse(graph)) == ["input", "layer.0", "layer.2", "output"]
+
+
 def test_collapsing_other_things_is_refused() -> None:
     for graph in (nx.path_graph(3), "graph"):
         with pytest.raises(nadhooks.NadhooksError, match="expected a graph made by"):
