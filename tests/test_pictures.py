@@ -347,13 +347,22 @@ def test_long_names_become_globs_and_what_their_stars_stand_for() -> None:
     assert {"backbone.stages.2.blocks.*", "0", "23"} <= set(words(picture))
 
 
+def test_parts_of_names_that_do_not_fit_end_in_letters() -> None:
+    names = [[f"layer{n}.{part}" for part in ("conv1", "downsample.0")] for n in range(24)]
+    lines = [text for each in label(names, 10.0).lines.values() for text in each]
+    assert any("…" in text for text in lines)
+    assert not any("…" in text and text.endswith(".") for text in lines)
+
+
 def test_graphs_too_large_to_be_read_say_so_and_offer_the_collapsed_view(tmp_path: Path) -> None:
     graph = chain(400, name="layer.{}")
-    with pytest.raises(RenderError, match=r"400 stages .*nadhooks.collapse\(graph\).*width="):
+    with pytest.raises(RenderError, match=r"400 stages .*nadhooks.collapse\(graph, 62\).*width="):
         nadhooks.render(graph, tmp_path / "flow.svg")
     assert not list(tmp_path.iterdir())
-    small = nadhooks.collapse(graph)
-    nadhooks.render(small, tmp_path / "flow.svg")
+    nadhooks.render(nadhooks.collapse(graph), tmp_path / "flow.svg")
+    with pytest.raises(RenderError, match=r"48 stages .*nadhooks.collapse\(graph, 24\)"):
+        scene(nadhooks.collapse(chain(400, name="layer{}")), "single")
+    assert words(scene(nadhooks.collapse(chain(400, name="layer{}"), 24), "single"))
     with pytest.raises(RenderError, match=r"\d+ nodes \(at most 500\)"):
         scene(unit_graph(100, 16, 6))
     assert words(scene(nadhooks.collapse(unit_graph(10, 16, 6))))

@@ -96,10 +96,12 @@ def lay_out(graph: nx.DiGraph, width: float | None) -> Layout:
     room = width - 2 * MARGIN - ends - sign * len(joins)
     pitch = room / max(1, len(wide))
     if bounded and (pitch < PITCH or graph.number_of_edges() > ROUTES):
+        fits = max(0, int(room / PITCH))
         raise RenderError(
             f"too large to be read in a picture {width:.0f} points wide: {len(wide)} stages and "
-            f"{graph.number_of_edges()} edges (room for {max(0, int(room / PITCH))} stages and {ROUTES} edges); "
-            "draw nadhooks.collapse(graph), choose fewer sites, pass a larger width=, or render to .html or .dot"
+            f"{graph.number_of_edges()} edges (room for {fits} stages and {ROUTES} edges); draw "
+            f"nadhooks.collapse(graph, {max(1, min(fits, len(wide) // 2))}), choose fewer sites, pass a larger width=, "
+            "or render to .html or .dot"
         )
     pitch = min(pitch, 92.0)
     lanes = max(len(column) for column in columns)
