@@ -23,6 +23,7 @@ import nadhooks
 from nadhooks.errors import RenderError
 from nadhooks.formats import WRITERS, scene
 from nadhooks.formats.html import to_html
+from nadhooks.formats.labels import label
 from nadhooks.formats.scene import (
     BLUE,
     BOTH,

@@ -56,7 +56,7 @@ def label(columns: list[list[str]], pitch: float) -> Labels:
     size = min(6.5, max(4.6, 0.62 * pitch))
     if max(map(len, columns)) > 1:  # turned labels would part the branches
         lines = {
-            name: [shortened(one, 5.0, pitch - 1) for one in wrapped(texts[name], 5.0, pitch - 1, BREAKS)[:4]]
+            name: [_fitted(one, 5.0, pitch - 1) for one in wrapped(texts[name], 5.0, pitch - 1, BREAKS)[:4]]
             for name in names
         }
         return Labels(lines, 5.0, False, min(4.4, (pitch - 1) / text_width("88%", 1)), headers)
@@ -75,6 +75,11 @@ def _level(
         ):
             return Labels(lines, size, False, min(size - 1, small), headers)
     return None
+
+
+def _fitted(part: str, size: float, width: float) -> str:
+    """A part of a name, shortened where it is too wide, and then without the mark that it ends with."""
+    return part if text_width(part, size) <= width else shortened(part.rstrip(BREAKS), size, width)
 
 
 def _split(columns: list[list[str]], depth: int) -> tuple[dict[str, str], tuple[tuple[str, str, str], ...]] | None:
