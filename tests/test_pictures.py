@@ -29,6 +29,7 @@ from nadhooks.formats.scene import (
     BOTH,
     FAINT,
     FONT,
+    GREY,
     INK,
     ORANGE,
     SHADES,
@@ -450,6 +451,13 @@ def test_regions_of_the_image_are_a_grid_coloured_by_what_leaves_them() -> None:
     assert len(cells) == 9
     assert cells["input:0,0"].boxes[0][1] == cells["input:0,2"].boxes[0][1]
     assert cells["input:0,0"].fill != cells["input:2,2"].fill
+
+
+def test_regions_that_nothing_leaves_are_in_the_grid_as_well() -> None:
+    graph = unit_graph(2, 8, 3, regions=3)
+    graph.remove_node("input:0,2")
+    outlines = {s.colour for s in scene(graph).shapes if isinstance(s, Stroke) and s.width == 0.4}
+    assert outlines == {GREY}
 
 
 # --- collapsing ------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class Strips:
         self.shapes.append(Text(x, y - 3, "input", SMALL + 0.5))
         places = [(row, column) for row in range(data["rows"]) for column in range(data["columns"])]
         for row, column in places:
-            self.shapes.append(Stroke(_outline((x + column * cell, y + row * cell, cell, cell)), 0.4, FAINT))
+            self.shapes.append(Stroke(_outline((x + column * cell, y + row * cell, cell, cell)), 0.4, GREY))
 
     def fill(self, name: str) -> str:
         """A unit's colour by its attribution, an image region's by the sum of its edges."""
