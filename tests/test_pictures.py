@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -243,6 +244,28 @@ def test_nothing_leaves_the_sheet_and_labels_do_not_touch() -> None:
             for line in spans.values():
                 line.sort()
                 assert all(a[1] <= b[0] + 0.01 for a, b in itertools.pairwise(line)), line
+
+
+@pytest.mark.parametrize("number", range(9, 15))
+@pytest.mark.parametrize("make", [lambda number: chain(number, 6), lambda number: unit_graph(number, 192)])
+def test_figures_of_neighbours_stand_further_apart_than_their_own_parts(
+    make: Callable[[int], nx.DiGraph], number: int
+) -> None:
+    texts = [s for s in scene(make(number), 252 if number < 14 else 516).shapes if isinstance(s, Text) and not s.turned]
+    figures = [s for s in texts if re.fullmatch(r"\d+( / \d+)+", s.text)]
+    for a, b in itertools.pairwise(figures):
+        apart = b.x - a.x - (text_width(a.text, a.size) + text_width(b.text, b.size)) / 2
+        assert apart > 1.9 * text_width(" ", a.size)
+
+
+@pytest.mark.parametrize("number", range(12, 22))
+def test_percentages_do_not_touch_where_all_is_kept(number: int) -> None:
+    names = [f"block{n}" for n in range(number)]
+    edges = itertools.pairwise(["input", *names, "output"])
+    graph = site_graph(dict.fromkeys(names, 6), {"cat": dict.fromkeys(names, range(6))}, list(edges))
+    figures = [s for s in scene(graph, "single").shapes if isinstance(s, Text) and s.text == "100%" and not s.turned]
+    for a, b in itertools.pairwise(figures):
+        assert b.x - a.x > 1.1 * text_width(a.text, a.size)
 
 
 @pytest.mark.parametrize(("width", "points"), [("single", 252), ("double", 516), (400, 400)])

@@ -12,6 +12,7 @@ SIZES = (7.5, 7.0, 6.5, 6.0)  # of letters, in points
 SMALL_SIZES = (5.5, 5.0, 4.6)
 HEADERS = (6.5, 6.0, 5.5, 5.0)
 BREAKS = "._/-"
+APART = 0.65  # between figures such as "3 / 6" of two sites, in sizes of their letters: twice what lies within one
 LONGEST = 180.0  # of turned labels, in points
 
 

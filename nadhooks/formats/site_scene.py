@@ -8,7 +8,7 @@ from typing import Any
 
 import networkx as nx
 
-from .labels import header_lines
+from .labels import APART, header_lines
 from .scene import (
     BLUE,
     BOTH,
@@ -101,7 +101,8 @@ class SitePainter:
         self.left = (width - layout.width) / 2
         sites = [data for _, data in graph.nodes(data=True) if data["kind"] == "site"]
         longest = max([text_width(f"{d['units']:,} / {d['units']:,}", layout.labels.small) for d in sites] or [0.0])
-        self.counts = longest <= layout.pitch - 2  # else percentages; the same in the pictures of all tasks
+        longest += APART * layout.labels.small
+        self.counts = longest <= layout.pitch  # else percentages; the same in the pictures of all tasks
 
     def scene(self) -> Scene:
         title = paragraph(headline(self.graph), TITLE, self.width - 2 * MARGIN)
@@ -207,7 +208,8 @@ class SitePainter:
         for number, text in enumerate(lines):
             self.shapes.append(Text(x, y + size * (0.9 + 1.18 * number), text, size, INK, "middle"))
         y += size * (0.9 + 1.18 * (len(lines) - 1)) + 1.15 * labels.small
-        self.shapes.append(Text(x, y, figure, labels.small, GREY, "middle"))
+        small = min(labels.small, layout.pitch / (text_width(figure, 1) + 0.3))  # 100% is wider than others
+        self.shapes.append(Text(x, y, figure, round(small, 2), GREY, "middle"))
 
     def headers(self, y: float) -> float:
         """Globs under the sites that they stand for, with a line over all of them; the lowest point of all."""

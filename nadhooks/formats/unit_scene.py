@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 
 from ..errors import RenderError
-from .labels import Labels, header_lines, label
+from .labels import APART, Labels, header_lines, label
 from .scene import (
     FAINT,
     GREY,
@@ -232,7 +232,7 @@ class Strips:
 
     def _figures_height(self) -> float:
         lines = [text for column in self.columns for name in column for text in self._figures(name)]
-        self.size = min([6.0, *((self.pitch - 1.5) / text_width(text, 1) for text in lines)])
+        self.size = min([6.0, *(self.pitch / (text_width(text, 1) + APART) for text in lines)])
         if self.size >= 4.4:
             return 2.4 * self.size + 2
         self.size = min(5.5, 0.62 * self.pitch)
