@@ -57,7 +57,7 @@ class Container:
         self._read = read
         start = int.from_bytes(self._bytes(0, 8, size), "little")
         if not 2 <= start <= size - 8:
-            _refuse(f"a header of {start:,} bytes in a file of {size:,}")
+            _refuse(f"a header of {start:,} bytes in a file of {size:,}: another kind of file, or one that was cut off")
         if start > HEADER_BYTES:
             _refuse(f"a header of {start:,} bytes, where {HEADER_BYTES:,} are the most that is read")
         header = strict_json(self._bytes(8, 8 + start, size), "the header")
