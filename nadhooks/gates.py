@@ -17,7 +17,7 @@ from .acting import Passing, SiteGate, forget_compiled, known_open
 from .as_found import undisturbed
 from .batching import copied, moved
 from .default_device import made_on_cpu
-from .errors import LearningError, NadhooksError, SiteError, TaskError
+from .errors import LearningError, ModelError, NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, UnitMeans, chosen_units
 from .hookable import check_model
 from .hooking import Handle, on_site
@@ -262,7 +262,12 @@ class Gates:
     # --- masks ---
 
     def masks(self) -> Masks:
-        """The gates as masks: a copy, on the CPU, with sites, wiring and where they came from."""
+        """The gates as masks: a copy, on the CPU, with sites, wiring and where they came from.
+
+        Raises ModelError for gates on the meta device, which have no values.
+        """
+        if any(logits.is_meta for logits in self.parameters()):
+            raise ModelError("gates on the meta device have no values; attach to a model that is on another")
         values = {name: gates.detach().cpu().clone() for name, gates in self.values().items()}
         return self.masks_of(self.task_rows, values, {"method": "own training loop", "sites": self.chosen_by})
 

@@ -716,3 +716,13 @@ def test_what_modules_cache_in_eval_mode_is_gone_after_attach() -> None:
     model = Caching()
     with nadhooks.attach(model, "fc", example=torch.ones(2, 4)):
         assert (model.cache, model.passes, hasattr(model, "last")) == ({}, 0, False)
+
+
+def test_gates_on_the_meta_device_give_no_masks() -> None:
+    with torch.device("meta"):
+        model, example = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.zeros(1, 4)
+    with (
+        nadhooks.attach(model, "0", example=example) as gates,
+        pytest.raises(nadhooks.NadhooksError, match="meta device have no values"),
+    ):
+        gates.masks()
