@@ -661,7 +661,7 @@ def test_units_draws_one_classs_flow_and_proves_it(measured_file: Path, capsys: 
     assert run("units", "shut", "--task", "5", *options, "--images", "2", "--prove", "-o", "u.json") == 0
     shown = capsys.readouterr().out
     assert re.search(r"the target, when an edge's source is closed +none +none", shown)
-    assert "none: no edges to compare" in shown
+    assert "no edges: what this mask lets through" in shown
     assert run("units", str(measured_file), "--task", "3", *options, "-o", "no/u.svg") == 1
     assert "no is not a directory" in capsys.readouterr().err
     assert run("units", str(measured_file), "--task", "7", *options) == 1

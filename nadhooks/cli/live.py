@@ -125,6 +125,8 @@ def _units(options: argparse.Namespace) -> None:
         graph = unit_flow(model, masks, name, shown, nodes=options.nodes, edges=options.edges, progress=update)
     render(graph, options.out, width=options.width)
     say(f"{graph.number_of_nodes():,} nodes, {graph.number_of_edges():,} edges, of {len(shown)} images")
+    if not graph.number_of_edges():
+        say("no edges: what this mask lets through to the logit is the same for all images")
     if options.prove:
         with err.status("closing units of the live network"):
             found = verify(model, masks, graph, shown)
@@ -137,8 +139,6 @@ def _units(options: argparse.Namespace) -> None:
             figures = agreement.spearman, agreement.pearson
             lines.add_row(words, *("none" if math.isnan(figure) else f"{figure:.3f}" for figure in figures))
         out.print(lines)
-        if not graph.number_of_edges():
-            say("none: no edges to compare; what this mask lets through is the same for all images")
         gone = found.removal
         say(
             f"recall {gone.recall:.3f}; without the {gone.units} units that add most "
