@@ -216,6 +216,9 @@ def test_inspect_graph_and_render(mask_file: Path, tmp_path: Path, capsys: pytes
 def test_several_tasks_are_combined_for_people_and_programs(mask_file: Path) -> None:
     path, masks = str(mask_file), nadhooks.load(mask_file)
     assert run("graph", path, "--task", "3", "5", "--combine", "difference", "--joins", "-o", "g.graphml") == 0
+    apart = ["--task", "3", "--combine", "difference", "--joins", "--task", "5", "-o", "apart.graphml"]
+    assert run("graph", path, *apart) == 0
+    assert Path("apart.graphml").read_bytes() == Path("g.graphml").read_bytes()
     graph = nadhooks.read_graph("g.graphml")
     only = masks.kept_units("layer1.0")[0] & ~masks.kept_units("layer1.0")[1]
     assert graph.nodes["layer1.0"]["kept"] == int(only.sum())

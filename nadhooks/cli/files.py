@@ -75,7 +75,11 @@ def add_commands(command: Command) -> None:
 def _choosing(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("masks", help="mask file")
     sub.add_argument(
-        "--task", nargs="+", metavar="TASK", help="names or labels of tasks (default: all over each other)"
+        "--task",
+        nargs="+",
+        action="extend",
+        metavar="TASK",
+        help="names or labels of tasks (default: all over each other)",
     )
     sub.add_argument(
         "--combine",

@@ -68,7 +68,14 @@ def add_commands(command: Command) -> None:
     )
     sub.add_argument("--method", choices=list(methods.METHODS), default="contrastive", help="default: %(default)s")
     _learning_options(sub)
-    sub.add_argument("--tasks", nargs="+", type=int, metavar="LABEL", help="only these output indices (default: all)")
+    sub.add_argument(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        type=int,
+        metavar="LABEL",
+        help="only these output indices (default: all)",
+    )
     tested = sub.add_mutually_exclusive_group()
     measuring(tested)
     tested.add_argument("--no-test", action="store_true", help="skip the measurement on held-out images")
