@@ -59,6 +59,7 @@ class Checkpoint:
         if self.path is not None:
             self._check(self.path)
             self.phases = self._read(self.path) if self.path.exists() else []
+        self.resumed = bool(self.phases)
 
     def learns_from(self, data: Any) -> None:
         """What the run learns from, which must be the same as well, once it is read."""

@@ -232,7 +232,7 @@ class Learner:
         if selection is not None:
             self.method = self.asked.paced(SEVERAL if several else float(selection.shares()[0]), self.closed)
         method, data, labels = self.method, self.data, self.tasks.labels
-        self.told_at, self.samples, self.clock = 0, 0, Clock()
+        self.told_at, self.clock = 0, Clock()
         if method.sampling == "own":
             self.seed_loaders()
             return self.run(own_batches(data, self.tasks, method), labels, selection, self.first)
@@ -416,6 +416,7 @@ class Learner:
             {name: float(term.detach().mean()) for name, term in terms.items()},
             float(kept),
             held_out,
+            self.checkpoint.resumed,
         )
         for each in self.reports:
             each(report)

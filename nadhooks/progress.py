@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -17,9 +18,10 @@ class Progress(NamedTuple):
 
     done: of `total`, steps or (for methods that follow the loader) batches read; total is 0 where the loader does not
         know its length. With `fidelity=` each share that is tried is counted from its own beginning.
-    loss: of which `terms` are the parts. samples: that went through gates so far.
+    loss: of which `terms` are the parts. samples: that went through gates so far, for all shares together.
     seconds_left: at the pace so far; None at the beginning and where the total is unknown. kept: share of units whose
         gate is above 0.5. held_out: {measure: mean} on held-out samples, ten times in a run, otherwise empty.
+    resumed: whether the run goes on from a checkpoint; steps behind that are done, and reported, for a second time.
     """
 
     done: int
@@ -30,6 +32,7 @@ class Progress(NamedTuple):
     terms: Mapping[str, float] = {}
     kept: float = 1.0
     held_out: Mapping[str, float] = {}
+    resumed: bool = False
 
     def numbers(self) -> dict[str, float]:
         """Everything under one name each, for logs."""
@@ -73,7 +76,8 @@ def every_report(progress: Report | Iterable[Report] | None) -> list[Report]:
 def csv_log(path: str | PathLike[str]) -> Report:
     """`learn(..., progress=csv_log("run.csv"))` adds a row to the file for each step: step, measure, value.
 
-    A file that is there already is gone on with. Raises LearningError where it cannot be written.
+    A file that is there already is gone on with; steps that a run does again after it was stopped stand there once.
+    Raises LearningError where it cannot be written.
     """
     file = Path(path).absolute()  # wherever the process goes meanwhile
     try:
@@ -82,13 +86,19 @@ def csv_log(path: str | PathLike[str]) -> Report:
                 csv.writer(opened, lineterminator="\n").writerow(["step", "measure", "value"])
             elif not file.read_bytes().endswith(b"\n"):  # a run that was killed while it wrote
                 opened.write("\n")
+        logged = int(([b"0", *re.findall(rb"\n\d+,samples,(\d+)(?=\n)", file.read_bytes())])[-1])
     except OSError as error:
         raise LearningError(f"cannot write the log {path}: {error.strerror}") from error
 
     def report(progress: Progress) -> None:
+        nonlocal logged  # samples until the last row: they grow with every step, whatever the method calls a step
+        if progress.resumed and progress.samples <= logged:
+            return
+        logged = progress.samples
         with file.open("a", newline="", encoding="utf-8") as opened:
             rows = csv.writer(opened, lineterminator="\n")
-            rows.writerows([progress.done, name, f"{value:.6g}"] for name, value in progress.numbers().items())
+            for name, value in progress.numbers().items():
+                rows.writerow([progress.done, name, value if isinstance(value, int) else f"{value:.6g}"])
 
     return report
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nadhooks
 from nadhooks import methods
+from nadhooks.checkpoints import Checkpoint
 from nadhooks.errors import LearningError
 from nadhooks.evaluation import recognition
 from nadhooks.progress import Clock, Progress, csv_log, tensorboard_log
@@ -29,7 +30,8 @@ def loader(seed: int = 1) -> list[tuple[Tensor, Tensor]]:
 def reported(**options: Any) -> tuple[nadhooks.Masks, list[Progress]]:
     reports: list[Progress] = []
     data = options.pop("loader", loader())
-    return nadhooks.learn(fair_line(), data, ["act1", "act2"], progress=reports.append, **options), reports
+    told = [reports.append, *options.pop("also", [])]
+    return nadhooks.learn(fair_line(), data, ["act1", "act2"], progress=told, **options), reports
 
 
 def test_every_step_is_reported() -> None:
@@ -232,6 +234,44 @@ def test_a_table_stays_where_it_was_begun_and_goes_on_behind_half_a_row(
     report(Progress(8, 9, 0.5, 3))
     rows = (tmp_path / "run.csv").read_text(encoding="utf-8").splitlines()
     assert rows == ["step,measure,value", "7,lo", "8,loss,0.5", "8,samples,3", "8,kept,1"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": methods.contrastive(steps=8)},
+        {"method": methods.nad(epochs=2, batch=4)},  # several steps for a batch of the loader
+        {"method": methods.contrastive(steps=3, images=20), "fidelity": 0.5},  # a run for each share
+    ],
+)
+def test_steps_that_are_done_again_after_a_stop_are_in_the_table_once(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, steps = tmp_path / "run.csv", list[Progress]()
+
+    def stop(progress: Progress) -> None:
+        steps.append(progress)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+
+    def rows() -> list[str]:
+        return [row for row in path.read_text(encoding="utf-8").splitlines() if ",seconds_left," not in row]
+
+    reported(**options, also=[csv_log(path)])
+    whole = rows()
+    path.unlink()
+    files: dict[str, Any] = {"checkpoint": tmp_path / "run", "every": 0.0}
+    write = Checkpoint.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write", lambda self: None if len(steps) > 3 else write(self))
+        with pytest.raises(KeyboardInterrupt):
+            reported(**options, **files, also=[csv_log(path), stop])
+    assert (tmp_path / "run").exists()
+    assert rows() == whole[: len(rows())]
+    _, rest = reported(**options, **files, also=[csv_log(path)])
+    assert all(report.resumed for report in rest)
+    assert rest[0] == steps[4]._replace(resumed=True, seconds_left=None)  # three steps are done again
+    assert rows() == whole
 
 
 def test_terms_of_any_name_can_be_logged(tmp_path: Path) -> None:
