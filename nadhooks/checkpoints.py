@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from os import PathLike
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -35,6 +36,25 @@ class Stand(NamedTuple):
     keys: str = ""
 
 
+class Held(str):
+    """The path of a checkpoint that stays when its run is over."""
+
+
+@contextmanager
+def held(path: str | PathLike[str] | None) -> Iterator[Held | None]:
+    """A checkpoint for `learn` that goes when the block is over without an error: when its masks are written, too.
+
+        with nadhooks.checkpoints.held("run.safetensors") as run:
+            nadhooks.learn(model, loader, checkpoint=run).save("masks.safetensors")
+
+    None is no checkpoint.
+    """
+    file = None if path is None else Path(path).absolute()
+    yield None if path is None else Held(fspath(path))
+    if file is not None and _digest_of(file):  # masks may have been written there
+        file.unlink()
+
+
 class Checkpoint:
     """Where a run of several phases stands: each phase a loop over steps, in the same order whenever it is run.
 
@@ -48,7 +68,7 @@ class Checkpoint:
     def __init__(self, path: str | PathLike[str] | None, every: float, run: Mapping[str, Any]):
         if not (path is None or isinstance(path, (str, PathLike))):
             raise LearningError(f"checkpoint: expected a path, got {path!r}")
-        self.path = None if path is None else Path(path)
+        self.path, self.held = None if path is None else Path(path), isinstance(path, Held)
         self.file = None if path is None else Path(path).absolute()  # wherever the process goes meanwhile
         self.every, self.run = every, json.loads(json.dumps(run))
         self.data = self.found_data = ""  # what the run learns from, here and in the file
@@ -106,7 +126,7 @@ class Checkpoint:
     def write(self) -> None:
         if self.file is None or not self.phases:
             return
-        if self._there() not in (None, self.mine):
+        if _digest_of(self.file) not in (None, self.mine):
             raise LearningError(
                 f"the checkpoint {self.path} was written by another run meanwhile; name another file for one of them"
             )
@@ -135,19 +155,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         """When the run is over."""
-        if self.file is not None and self._there() == self.mine:
+        if self.file is not None and not self.held and _digest_of(self.file) == self.mine:
             self.file.unlink(missing_ok=True)
-
-    def _there(self) -> str | None:
-        """The digest that the file holds now: None without a file, empty where it is no checkpoint."""
-        assert self.file is not None
-        try:
-            with safetensors.safe_open(str(self.file), framework="pt") as file:
-                return (file.metadata() or {}).get(DIGEST, "")
-        except FileNotFoundError:
-            return None
-        except (OSError, safetensors.SafetensorError):
-            return ""
 
     @staticmethod
     def _check(path: Path) -> None:
@@ -192,6 +201,17 @@ class Checkpoint:
             self.refuse(f": its {name} is {_short(one, other)}, here {_short(other, one)}")
         if version != VERSION:
             self.refuse(f": its version is {version!r}, here {VERSION}")
+
+
+def _digest_of(path: Path) -> str | None:
+    """What the file at the path holds now: None without a file, empty where it is no checkpoint."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get(DIGEST, "")
+    except FileNotFoundError:
+        return None
+    except (OSError, safetensors.SafetensorError):
+        return ""
 
 
 def _copied(tables: Tables) -> dict[str, dict[str, Tensor]]:

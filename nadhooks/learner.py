@@ -356,7 +356,8 @@ class Learner:
                     self.report(batch, losses, terms, table, held_out)
         if index + 1 < begun:
             self.checkpoint.refuse(": its loader showed more samples")
-        self.checkpoint.note(-1, learnt._asdict(), self.samples)
+        if method.sampling != "own":  # whose data is known to be the same only when it has been read again
+            self.checkpoint.note(-1, learnt._asdict(), self.samples)
         return learnt
 
     def lead_back(self, table: Table, shallow: bool) -> Table:

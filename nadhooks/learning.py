@@ -100,8 +100,9 @@ def learn(
     memory: bytes for the samples that steps draw from, as many of each label as the method wants (`images`). Where it
         is short, fewer, but four at least, and a warning says how many.
     checkpoint: a file that says every `every` seconds how far the run is. The same call goes on where it stopped, with
-        the same masks in the end (on the CPU, to the last bit); the file goes when the run is over. A loader that shows
-        other samples is refused: random changes to images have to come from torch's random state.
+        the same masks in the end (on the CPU, to the last bit). The file goes when the run is over, or when the masks
+        are saved: `nadhooks.checkpoints.held`. A loader that shows other samples is refused: random changes to images
+        have to come from torch's random state.
     progress: called after each step with a `Progress`; several may be given. See `nadhooks.progress` for logs.
 
     The model's weights, gradients, training flags and hooks and the random state are left as found. Raises

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import nadhooks
 from nadhooks import methods, objectives
-from nadhooks.checkpoints import KEY, Checkpoint
+from nadhooks.checkpoints import KEY, Checkpoint, held
 from nadhooks.errors import LearningError
 from nadhooks.progress import Progress
 
@@ -36,7 +36,7 @@ def loader() -> list[tuple[Tensor, Tensor]]:
     return labelled(fair_line(), images(64))
 
 
-def learn(path: Path | None, **more: Any) -> nadhooks.Masks:
+def learn(path: str | Path | None, **more: Any) -> nadhooks.Masks:
     options: dict[str, Any] = {"method": METHOD, "every": 0.0, "checkpoint": path} | more
     return nadhooks.learn(options.pop("model", fair_line()), loader(), options.pop("sites", "act1"), **options)
 
@@ -393,6 +393,38 @@ def test_nothing_is_left_of_a_run_that_never_began(tmp_path: Path) -> None:
             fair_line(), [(x[y != 2], y[y != 2]) for x, y in loader()], "act1", tasks=3, checkpoint=tmp_path / "run"
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_is_held_stays_until_masks_are_saved(tmp_path: Path) -> None:
+    path, masks = tmp_path / "run", tmp_path / "masks"
+    with pytest.raises(nadhooks.NadhooksError, match="cannot write"), held(path) as run:
+        learn(run).save(tmp_path / "missing" / "masks")
+    assert path.exists()
+    reports: list[Progress] = []
+    with held(path) as run:
+        learn(run, progress=reports.append).save(masks)
+        assert path.exists()
+    assert not path.exists()
+    assert reports == []  # nothing is learnt twice
+    assert nadhooks.load(masks) == learn(None)
+    with held(path) as run:  # masks in its place stay, too
+        learn(run).save(path)
+    assert nadhooks.load(path) == nadhooks.load(masks)
+    with held(None) as nowhere:
+        assert nowhere is None
+
+
+def test_a_finished_run_of_other_data_is_refused_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": methods.nad(epochs=2, batch=4), "tasks": [0, 1, 2], "every": 0.0}
+
+    def learn(data: Any, **more: Any) -> nadhooks.Masks:
+        return nadhooks.learn(fair_line(), data, "act1", **options, **more)
+
+    with held(tmp_path / "run") as run:
+        masks = learn(loader(), checkpoint=run)
+        with pytest.raises(LearningError, match="another run: its loader showed other samples"):
+            learn(changed(loader(), "a pixel"), checkpoint=run)
+        assert learn(loader(), checkpoint=run) == masks == learn(loader())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -151,6 +151,27 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_logs_every_step(
     assert [int(row["step"]) for row in rows if row["measure"] == "loss"] == [*range(1, 20), *range(21, steps + 1)]
 
 
+@pytest.mark.parametrize("fails", ["_save", "_show_recognition"])
+def test_a_checkpoint_stays_until_masks_and_figures_are_written(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Path("w.pt")
+    torch.save(nadhooks.zoo.load_model(MODEL).state_dict(), weights)
+    options = [*LEARN, "--weights", str(weights), "--sites", "layer4.*", "--tasks", "3", "--test-images", "2"]
+    command = [*options, "--method", "activation", "--checkpoint", "run", "--every", "0", "--log", "run.csv"]
+
+    def fail(*_: object) -> None:
+        raise nadhooks.NadhooksError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.learning, fails, fail)
+        assert run(*command) == 1
+    assert Path("run").exists()
+    logged = Path("run.csv").read_text()
+    assert run(*command) == 0
+    assert not Path("run").exists()
+    assert nadhooks.load("masks.safetensors").quality
+    assert Path("run.csv").read_text() == logged  # nothing was learnt again
+
+
 def test_tensorboard_is_asked_for_by_name_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

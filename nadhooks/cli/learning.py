@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from .. import demo, methods, zoo
 from ..budgets import Budget
+from ..checkpoints import held
 from ..data import load_images
 from ..errors import DataError, MaskFileError, NadhooksError
 from ..evaluation import MEASURES, Recognition, quality, recognition, shuffled
@@ -156,6 +157,11 @@ def _run_demo(options: argparse.Namespace, device: torch.device) -> list[Path]:
 
 
 def _learn(options: argparse.Namespace) -> None:
+    with held(options.checkpoint) as options.checkpoint:  # until all is written
+        _run_learn(options)
+
+
+def _run_learn(options: argparse.Namespace) -> None:
     check_writable(options.out)
     settings, logs = _settings(options), _logs(options.log)
     with err.status("making the model"):
