@@ -191,9 +191,11 @@ def has(labels: Tensor, label: Label) -> Tensor:
 
 def peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """One sample of a loader, and the loader with that sample still in it (iterators are read once only)."""
-    for inputs, labels, targets in read(loader):
-        sample = pick(inputs, torch.tensor([0]))
-        return sample, chain([(inputs, labels, targets)], loader) if isinstance(loader, Iterator) else loader
+    batches = read(loader)
+    for batch in batches:
+        sample = pick(batch[0], torch.tensor([0]))
+        # the rest as it comes: some begin anew when they are asked for an iterator, though they are one
+        return sample, chain([batch], batches) if isinstance(loader, Iterator) else loader
     raise LearningError("expected a loader of (inputs, labels) batches, got an empty one")
 
 

@@ -32,6 +32,21 @@ def numbers(inputs: Tensor) -> list[int]:
     return inputs[:, 0].int().tolist()
 
 
+def test_loaders_that_begin_anew_when_they_are_asked_for_an_iterator_show_every_sample_once() -> None:
+    class Prefetching:
+        def __iter__(self) -> Prefetching:
+            self.left = iter(loader())
+            return self
+
+        def __next__(self) -> tuple[Tensor, Tensor]:
+            return next(self.left)
+
+    for each in (Prefetching(), iter(loader()), loader()):
+        sample, whole = peek(each)
+        assert numbers(sample) == [0]
+        assert numbers(torch.cat([inputs for inputs, *_ in read(whole)])) == list(range(10))
+
+
 def test_samples_of_which_none_has_a_label_are_refused() -> None:
     rows = torch.zeros(10, 2, dtype=torch.bool)
     with pytest.raises(LearningError, match="no sample of any label"):
