@@ -17,9 +17,10 @@ class Progress(NamedTuple):
     """One report. Means are over the tasks of the step.
 
     done: of `total`, steps or (for methods that follow the loader) batches read; total is 0 where the loader does not
-        know its length. With `fidelity=` each share that is tried is counted from its own beginning.
+        know its length, until it has been read once. With `fidelity=` each share that is tried is counted from its own
+        beginning.
     loss: of which `terms` are the parts. samples: that went through gates so far, for all shares together.
-    seconds_left: at the pace so far; None at the beginning and where the total is unknown. kept: share of units whose
+    seconds_left: at the pace so far; None at the beginning and without a total. kept: share of units whose
         gate is above 0.5. held_out: {measure: mean} on held-out samples, ten times in a run, otherwise empty.
     resumed: whether the run goes on from a checkpoint; steps behind that are done, and reported, for a second time.
     """

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     inputs: Any
     keys: Sequence[Hashable]
     samples: Samples
-    done: int  # of `total`, for progress; 0 where the loader does not know its length
+    done: int  # of `total`, for progress; 0 where the loader does not know its length and was not read yet
     total: int
 
 
@@ -244,6 +244,7 @@ def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
                     break
                 yield _own_batch(waiting, ready[:together], method.batch, classes, done, total)
         _check_shown(shown, tasks)
+        total = total or method.epochs * done
         while any(waiting):  # first what is whole
             ready = [row for row, samples in enumerate(waiting) if len(samples) >= method.batch]
             rows = ready or [row for row, samples in enumerate(waiting) if samples]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,6 +155,20 @@ def test_held_out_figures_come_ten_times_and_are_those_of_recognition(method: me
         expected = [getattr(figures, measure) for figures in found]
         assert masks.quality[measure].tolist() == pytest.approx(expected, abs=1e-6)
         assert reports[-1].held_out[measure] == pytest.approx(sum(expected) / 3, abs=1e-6)
+
+
+def test_held_out_figures_come_from_loaders_without_a_length_too_once_they_were_read() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(loader())
+
+    method = methods.nad(epochs=10, batch=4)
+    masks, reports = reported(method=method, held_out=loader(seed=9), loader=Stream())
+    expected, of_known_length = reported(method=method, held_out=loader(seed=9))
+    assert masks == expected
+    assert sum(bool(report.held_out) for report in reports) == 10
+    assert reports[-1].held_out == of_known_length[-1].held_out
+    assert reports[-1].seconds_left == 0
 
 
 def test_tasks_that_are_learnt_one_by_one_are_told_ten_times_in_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,15 +97,19 @@ def test_the_last_of_the_own_batches_is_the_end_of_the_run() -> None:
         assert done[-1] == 9
 
 
-def test_a_data_set_without_a_length_has_no_total() -> None:
+def test_a_data_set_without_a_length_has_a_total_when_it_has_been_read_once() -> None:
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             return iter((x[0], y[0]) for x, y in loader(1))
 
     stream: Any = torch.utils.data.DataLoader(Stream(), 4)
     batches = list(own_batches(data(stream), Tasks.of(3), methods.nad(epochs=2)))
-    assert {batch.total for batch in batches} == {0}
     assert seen_by(0, batches) == [[1, 3, 6, 7]] * 2
+    batches = list(own_batches(data(stream), Tasks.of(3), methods.nad(epochs=2, batch=2)))
+    totals = [batch.total for batch in batches]
+    assert set(totals) == {0, 6}
+    assert totals == sorted(totals)
+    assert batches[-1].done == 6
 
 
 def test_equal_samples_have_equal_keys_whatever_batch_they_come_in() -> None:
