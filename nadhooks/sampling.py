@@ -318,8 +318,8 @@ class Pool:
             raise LearningError("the loader shows no sample of any label")
         if any(limit[True] <= number[label] < drawn for label in number if not own or label in own):
             warnings.warn(
-                f"{limit[True]} samples of each task are drawn from, not {drawn}, for lack of memory: "
-                f"memory={data.memory:,} bytes; pass more",
+                f"{limit[True]} samples of each task are drawn from, not {drawn}, for lack of memory; "
+                f"pass a larger memory= ({data.memory:,} bytes now)",
                 stacklevel=5,
             )
         order = torch.tensor(first).argsort(stable=True)

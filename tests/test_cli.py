@@ -72,6 +72,20 @@ def test_learn_shows_its_worth_and_warns(capsys: pytest.CaptureFixture[str], mon
     assert nadhooks.load("masks.safetensors").provenance["quality"]["images"] == 60
 
 
+def test_warnings_of_the_library_are_lines_in_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--method", "activation", "--memory", "0", "--sites", "layer4.*", "--no-test"]
+    assert run(*LEARN, *few) == 0
+    told = capsys.readouterr().err
+    words = "4 samples of each task are drawn from, not 32, for lack of memory; pass a larger --memory (0 bytes now)"
+    assert [each for each in told.splitlines() if "samples" in each] == [f"nadhooks: warning: {words}"]
+    assert "UserWarning" not in told
+    shown: list[object] = []
+    show = printing.showing(lambda *about: shown.append(about))
+    show(UserWarning("theirs"), UserWarning, torch.__file__, 1)
+    assert len(shown) == 1
+    assert not capsys.readouterr().err
+
+
 FAST = ["--sites", "layer[34].*", "--tasks", "3", "5", "--no-test", "--device", "cpu"]
 
 

@@ -160,7 +160,7 @@ def test_the_pool_reads_no_further_than_it_needs() -> None:
 
 def test_short_memory_goes_half_to_tasks_and_half_to_contrast_and_is_warned_of() -> None:
     every = loader(4, torch.arange(300) % 3)
-    with pytest.warns(UserWarning, match=r"^24 samples of each task are drawn from, not 64, .*=384 bytes; pass more"):
+    with pytest.warns(UserWarning, match=r"^24 samples of each task are drawn from, not 64, .*= \(384 bytes now\)"):
         pool = Pool.of(data(every, memory=8 * 48), Tasks.of([1]), methods.contrastive())
     assert torch.bincount(pool.labels).tolist() == [8, 24, 8]
     with pytest.warns(UserWarning, match="^16 samples of each task are drawn from, not 64"):  # all are tasks

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from .._version import __version__
 from ..errors import NadhooksError
 from . import files, learning, live, models
-from .printing import as_options, err, one_line
+from .printing import as_options, err, one_line, showing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for what a user can mend, 2 for bad usage, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = showing(warnings.showwarning)
+            options.run(options)
     except (NadhooksError, OSError, ImportError) as error:
         if options.debug:
             raise

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -24,6 +25,7 @@ Update = Callable[..., None]  # (done, total, figures to show beside)
 AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may have brackets and colons
 LONGEST = 72  # of the names that rows are about
 SPEED_OVER = 600  # seconds, over which the time left is estimated: one step may take a minute
+LIBRARY = Path(__file__).parent.parent
 FIRST_LINE = 60  # seconds, after which a file is told how far things are
 
 out = Console(**AS_IT_IS, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
@@ -94,6 +96,18 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return text or type(error).__name__
+
+
+def showing(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: the library's in a line, without the source that they came from."""
+
+    def shown(message: Warning, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
+        if Path(filename).is_relative_to(LIBRARY):
+            err.print(f"nadhooks: warning: {as_options(one_line(message))}", soft_wrap=True)
+        else:
+            otherwise(message, category, filename, *place, **more)
+
+    return shown
 
 
 def number(kind: Callable[[str], Any], expected: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
