@@ -193,7 +193,9 @@ def learn(
             else:
                 found = learner.learnt(selection)
             masks = gates.masks_of(learner.tasks, found.gates, run, found.constants)
-            masks = masks.replaced(quality=learner.measured(masks))
+            if kept is not None and (quality := learner.measured(masks)):
+                measured = {"images": sum(len(labels) for _, labels, _ in kept.loader)}
+                masks = masks.replaced(provenance={**masks.provenance, "quality": measured}, quality=quality)
             learner.checkpoint.remove()
             return masks
 

@@ -217,16 +217,18 @@ def _tasks(masks: Masks) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     if len(masks) > TASKS_SHOWN:
         table += f"\n\nThe table shows {TASKS_SHOWN} of {len(masks):,} tasks; the file holds all, and so do the means."
-    return f"{table}\n\n{_reading(bool(measures))}"
+    return f"{table}\n\n{_reading(bool(measures), stated.get('images') if isinstance(stated, Mapping) else None)}"
 
 
-def _reading(measured: bool) -> str:
+def _reading(measured: bool, images: object) -> str:
     kept = "*kept* is the share of the units that the mask keeps."
     if not measured:
         return f"{kept} The file does not say how well they work alone."
+    where = f" on {images:,} images" if isinstance(images, int) else ""
     return (
-        f"{kept} The publisher measured the other figures with all other units closed. Recall alone proves nothing: a "
-        "sub-architecture that answers its class to everything has recall 1, and a false-positive rate of 1 beside it."
+        f"{kept} The publisher measured the other figures{where}, with all other units closed. Recall alone proves "
+        "nothing: a sub-architecture that answers its class to everything has recall 1, and a false-positive rate of 1 "
+        "beside it."
     )
 
 

@@ -151,6 +151,7 @@ def test_held_out_figures_come_ten_times_and_are_those_of_recognition(method: me
     model = fair_line()
     with nadhooks.attach(model, masks.sites, example=images(1)) as gates:
         found = recognition(gates, held_out, masks)
+    assert masks.provenance["quality"] == {"images": 64}
     for measure in MEASURES:
         expected = [getattr(figures, measure) for figures in found]
         assert masks.quality[measure].tolist() == pytest.approx(expected, abs=1e-6)

@@ -127,7 +127,7 @@ def test_the_table_has_a_row_for_each_task_and_the_means() -> None:
     card = sharing.model_card(
         masks(
             ["tench", "cock"],
-            {"quality": {"network": {"recall": 0.99, "fpr": "none"}}},
+            {"quality": {"images": 1200, "network": {"recall": 0.99, "fpr": "none"}}},
             recall=[0.9, 1.0],
             fpr=[0.25, float("nan")],
         ),
@@ -140,6 +140,7 @@ def test_the_table_has_a_row_for_each_task_and_the_means() -> None:
         ["<strong>mean of 2</strong>", "", "17 %", "0.950", "0.250"],
         ["<strong>full network</strong>", "", "100 %", "0.990", ""],
     ]
+    assert "measured the other figures on 1,200 images, with" in card
     assert "Recall alone proves nothing" in card
     bare = sharing.model_card(masks(["tench"]), "us/r")
     assert cells(rendered(bare))[0] == ["task", "label", "kept"]
