@@ -295,7 +295,9 @@ def logits_of(outputs: Any) -> Tensor:
         got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(outputs).__name__
         keyed = isinstance(outputs, Mapping) and "logits" not in outputs
         keys = f" of {', '.join(map(repr, outputs))}, without 'logits'" if keyed else ""
-        raise ModelError(f"expected a classifier that puts out (batch, classes), got {got}{keys}")
+        alone = isinstance(first, Tensor) and first.dim() == 1  # batches of one come up all along: an epoch's last, say
+        lost = "; if the model squeezes batches of one, have it name the axis, as in squeeze(-1)" if alone else ""
+        raise ModelError(f"expected a classifier that puts out (batch, classes), got {got}{keys}{lost}")
     return first
 
 

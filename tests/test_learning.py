@@ -763,6 +763,10 @@ def test_bad_options_are_named() -> None:
     assert torch.equal(found["act"], nadhooks.learn(model, data, "act", method=quick, seed=3)["act"])
     with pytest.raises(ModelError, match=r"expected a classifier that puts out \(batch, classes\)"):
         nadhooks.learn(nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))).double(), data, "0")
+    squeezing = net()
+    squeezing.register_forward_hook(lambda module, args, out: out.squeeze())
+    with pytest.raises(ModelError, match=r"got shape \(3,\); if the model squeezes batches of one"):
+        nadhooks.learn(squeezing, data, "act")
     with pytest.raises(ModelError, match="lazy modules, which have no weights yet; run it once"):
         nadhooks.learn(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3)).double(), data, "0")
     with torch.device("meta"), pytest.raises(ModelError, match="on the meta device, where there are no values"):
