@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Budget:
     by: Literal["units", "parameters", "flops"] = "units"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, np.generic):
+            object.__setattr__(self, "keep", self.keep.item())
         whole = isinstance(self.keep, int) and not isinstance(self.keep, bool)
         fits = (whole and self.keep >= 1) or (isinstance(self.keep, float) and 0 < self.keep <= 1)
         if not fits:

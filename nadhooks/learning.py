@@ -124,6 +124,7 @@ def learn(
     _check_autocast(autocast)
     method = method_of(method)
     budget = _budget(keep, fidelity, method)
+    fidelity = None if fidelity is None else float(fidelity)  # of numpy's kinds it could not be written down
     if (fidelity is not None or held_out is not None) and method.ranks and method.output == "any":
         method = replace(method, output="softmax")  # its objective measures no distance from the full network
     closed = method.closed if closed is None else closed
@@ -140,7 +141,7 @@ def learn(
         sample = moved(sample, device)
         with attach(model, sites, example=sample if example is None else example, axis=axis) as gates:
             number = None if method.output == "any" else _classes(model, sample)
-            _check_meaning(outputs, number)
+            outputs = _meaning(outputs, number)
             forward = Forward(gates, device, (lambda x: x) if method.output == "any" else logits_of, autocast)
             forward.settle(sample)
             selection = None
@@ -287,20 +288,26 @@ def _costs(budget: Budget, forward: Forward, sample: Any) -> dict[str, float]:
     return {site.name: costs[site.name] / site.units for site in gates.sites}
 
 
-def _check_meaning(outputs: Mapping[Label, Sequence[int]] | None, number: int | None) -> None:
+def _meaning(outputs: Mapping[Label, Sequence[int]] | None, number: int | None) -> dict[Label, list[int]] | None:
+    """{label: which of the model's so many outputs say yes to it}, checked."""
     if outputs is None:
-        return
+        return None
     if number is None:
         raise NadhooksError("outputs: an objective of one's own decides itself what outputs mean")
-    for label, indices in outputs.items():
+    found = {}
+    for label, given in outputs.items():
+        indices: Any = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
         if not isinstance(indices, Iterable):
             raise TaskError(f"outputs: expected for task {label!r} a list of the model's outputs, got {indices!r}")
-        wrong = [x for x in indices if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < number]
-        if wrong or not 0 < len(set(indices)) < number:
+        which = [x.item() if isinstance(x, np.generic) else x for x in indices]
+        wrong = [x for x in which if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < number]
+        if wrong or not 0 < len(set(which)) < number:
             raise TaskError(
                 f"outputs: expected for task {label!r} some but not all of the model's outputs 0 to {number - 1}, "
-                f"got {list(indices)!r}"
+                f"got {which!r}"
             )
+        found[label] = which
+    return found
 
 
 def _origin(start: str | Method | Masks) -> dict[str, Any]:

@@ -868,6 +868,21 @@ def test_fidelity_of_a_ranking_is_measured_on_outputs_not_by_its_own_objective(m
         assert kept == pytest.approx(min([1.0, *fits]), abs=0.5 / 14 + 1e-6)  # of 14 units
 
 
+def test_options_may_be_numpys_numbers() -> None:
+    """As they come out of np.linspace, np.flatnonzero and the like; in the file they are plain ones."""
+    model, data, quick = net(), loader(), methods.contrastive(steps=3)
+
+    def learnt(**options: Any) -> nadhooks.Masks:
+        return nadhooks.learn(model, data, "act", method=quick, **options)
+
+    assert learnt(keep=np.float32(0.5)) == learnt(keep=0.5)
+    assert learnt(keep=np.int64(4)) == learnt(keep=4)
+    assert learnt(fidelity=np.float32(0.5)) == learnt(fidelity=0.5)
+    expected = learnt(outputs={0: [0, 1], 1: [2]})
+    assert learnt(outputs={0: np.arange(2), 1: [np.int64(2)]}) == expected
+    assert learnt(outputs={0: torch.arange(2), 1: [2]}) == expected
+
+
 def test_provenance_says_what_a_run_started_from_and_was_bounded_by() -> None:
     model, data = net(), loader()
     first = nadhooks.learn(model, data, "act", method=methods.contrastive(steps=5), keep=3, seed=2)
