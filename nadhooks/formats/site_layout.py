@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 
@@ -20,24 +19,8 @@ SINGLE, DOUBLE = 252.0, 516.0  # points: 3.5 and 7.16 inches, the columns of mos
 MARGIN = 6.0
 PITCH = 7.4  # the least width of a stage that can be read
 LARGEST, SMALLEST = 5.0, 0.8  # sides of a unit's square
-ACROSS = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-)  # squares beside each other: numbers of units divide by them
+# squares beside each other: numbers of units divide by them
+ACROSS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BAND = 11.0  # the widest band
 ROUTES = 900  # more edges would be a blot
 TALL = 230.0  # of grids above each other
@@ -291,20 +274,3 @@ def _over(
     far = max(places[name].x + places[name].width for name in columns[last])
     rise, fall = swing(start, (near, level)), swing((far, level), end)
     return (*rise, *line((near, level), (far, level))[1:], *fall[1:])
-
-
-def extent(layout: Layout) -> dict[str, Any]:
-    """What a page needs of a layout, as JSON knows it."""
-    return {
-        "places": {
-            name: [round(v, 2) for v in (p.x, p.y, p.width, p.height)] + [p.columns]
-            for name, p in layout.places.items()
-        },
-        "routes": [[s, t, [[round(x, 2), round(y, 2)] for x, y in route]] for (s, t), route in layout.routes.items()],
-        "band": round(layout.band, 2),
-        "cell": layout.cell,
-        "each": layout.each,
-        "top": round(layout.top, 2),
-        "bottom": round(layout.bottom, 2),
-        "width": round(layout.width, 2),
-    }
