@@ -17,7 +17,6 @@ SETTINGS: dict[str, Any] = {
     "font.family": [FONT, "sans-serif"],
     "text.parse_math": False,  # a dollar in a name is a dollar
     "path.simplify": False,
-    "lines.scale_dashes": False,  # dashes in points
 }
 PIXELS: dict[str, Any] = {"interpolation": "nearest", "resample": False}
 UNDATED: dict[str, dict[str, Any]] = {
@@ -74,8 +73,6 @@ def _add(axes: Any, shape: Any, order: int) -> None:
     elif isinstance(shape, Stroke):
         codes = [Path.MOVETO] + [Path.CURVE4] * (len(shape.points) - 1)
         style: dict[str, Any] = {"linewidth": shape.width, "edgecolor": shape.colour, "alpha": shape.opacity}
-        if shape.dashes:
-            style["linestyle"] = (0, shape.dashes)
         axes.add_patch(PathPatch(Path(shape.points, codes), facecolor="none", capstyle="butt", zorder=order, **style))
     elif isinstance(shape, Disc):
         axes.add_patch(
@@ -107,7 +104,7 @@ def _add(axes: Any, shape: Any, order: int) -> None:
             va="baseline",
             rotation=90 if shape.turned else 0,
             rotation_mode="anchor",
-            fontweight="bold" if shape.bold else "normal",
+            fontweight="normal",
             fontfamily=None if named == (FONT,) else [*named, "sans-serif"],
             zorder=order,
         )

@@ -19,7 +19,7 @@ OTHER_FONTS = (  # for letters that it lacks, where they are installed
 )
 INK, GREY, FAINT, PAPER = "#1a1a1a", "#5f5f5f", "#e4e4e4", "#ffffff"
 # Okabe and Ito's colours, which colour-blind eyes tell apart (https://jfly.uni-koeln.de/color/)
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7"
 TASKS = (BLUE, ORANGE)  # of one task, or of two over each other
 BOTH = "#262626"
 SHADES = ("#c3dcee", "#93c3e0", "#62a8d1", "#338dc1", "#0072b2")  # kept by ever more of many tasks
@@ -44,7 +44,6 @@ class Stroke:
     width: float
     colour: str
     opacity: float = 1.0
-    dashes: tuple[float, ...] = ()
     about: str = ""
 
 
@@ -68,7 +67,6 @@ class Text:
     colour: str = INK
     align: str = "start"
     turned: bool = False
-    bold: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,10 @@ class Scene:
 
 
 @cache
-def _font(bold: bool, families: tuple[str, ...] = (FONT,)) -> Any:
+def _font(families: tuple[str, ...]) -> Any:
     from matplotlib import font_manager
 
-    weight = "bold" if bold else "normal"
-    names = [font_manager.FontProperties(family=family, weight=weight) for family in families]
+    names = [font_manager.FontProperties(family=family, weight="normal") for family in families]
     return font_manager.get_font([font_manager.findfont(name) for name in names])
 
 
@@ -125,16 +122,16 @@ def _lacking(text: str, family: str) -> str:
 
 @cache
 def _charmap(family: str) -> Collection[int]:
-    return frozenset(_font(False, (family,)).get_charmap())
+    return frozenset(_font((family,)).get_charmap())
 
 
 @cache
-def text_width(text: str, size: float, bold: bool = False) -> float:
+def text_width(text: str, size: float) -> float:
     """In points."""
     from matplotlib.ft2font import LoadFlags
 
     named, lacking = families(text)
-    font = _font(bold, named)
+    font = _font(named)
     text = "".join("□" if letter in lacking else letter for letter in text)  # as they are drawn
     font.set_size(100, 72)  # large, then scaled; without hinting, which differs between versions
     font.set_text(text, 0.0, flags=LoadFlags.NO_HINTING)

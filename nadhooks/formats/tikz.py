@@ -62,9 +62,8 @@ def _text(shape: Text, names: dict[str, str]) -> str:
     turned = ",rotate=90" if shape.turned else ""
     size = rf"\fontsize{{{_number(shape.size)}bp}}{{{_number(1.2 * shape.size)}bp}}\selectfont\sffamily"
     words = "".join(SPECIAL.get(letter, letter) for letter in shape.text)
-    bold = r"\bfseries " if shape.bold else " "
     look = rf"anchor={anchor}{turned},text={names[shape.colour]}"
-    return rf"\node[{look}] at {_at((shape.x, shape.y))} {{{size}{bold}{words}}};"
+    return rf"\node[{look}] at {_at((shape.x, shape.y))} {{{size} {words}}};"
 
 
 def _opacity(kind: str, value: float) -> str:
