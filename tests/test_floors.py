@@ -29,6 +29,7 @@ FLOORS = [
     {"formats.graphml", "formats.gexf", "formats.node_link", "formats.mermaid", "formats.table"},
     {"formats.data"},
     {"formats.site_layout"},
+    {"formats.frame"},
     {"formats.site_scene", "formats.contact_sheet"},
     {"formats.unit_scene"},
     {"formats.html"},

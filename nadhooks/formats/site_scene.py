@@ -8,7 +8,8 @@ from typing import Any
 
 import networkx as nx
 
-from .labels import APART, header_lines
+from .frame import SMALL, Item, fitting, headers, legend, swatch, tile, title
+from .labels import APART
 from .scene import (
     BLUE,
     BOTH,
@@ -31,15 +32,12 @@ from .scene import (
     blended,
     line,
     mixed,
-    paragraph,
     rows_of,
-    shortened,
     text_width,
 )  # fmt: skip
 from .site_layout import MARGIN, Layout, Place, arriving, join_of, lay_out
 from .words import called, headline
 
-TITLE, SMALL = 8.0, 6.5
 JOINS = {  # colour of the band and sign where it arrives
     "sequential": ("#8c8c8c", ""),
     "sum": (VERMILLION, "+"),
@@ -105,18 +103,17 @@ class SitePainter:
         self.counts = longest <= layout.pitch  # else percentages; the same in the pictures of all tasks
 
     def scene(self) -> Scene:
-        title = paragraph(headline(self.graph), TITLE, self.width - 2 * MARGIN)
-        y = MARGIN + TITLE
-        for number, text in enumerate(title):
-            self.shapes.append(Text(MARGIN, y + number * TITLE * 1.25, text, TITLE))
-        self.down = y + TITLE * 1.25 * (len(title) - 1) + 8 - self.layout.top
+        words, below = title(headline(self.graph), self.width)
+        self.shapes += words
+        self.down = below - self.layout.top
         for source, target in self.graph.edges:
             self._band(source, target)
         for name, data in self.graph.nodes(data=True):
             {"site": self._site, "join": self.join}.get(data["kind"], self.end)(name, data)
         for target in self.graph:
             self.sign(target)
-        bottom = self._legend(self.headers(self.down + self.layout.bottom) + 10)
+        words, bottom = legend(self._items(), self.width, self.headers(self.down + self.layout.bottom) + 10)
+        self.shapes += words
         return Scene(self.width, bottom + MARGIN, headline(self.graph), self.shapes)
 
     def _at(self, x: float, y: float) -> tuple[float, float]:
@@ -146,21 +143,7 @@ class SitePainter:
             if radius < 1.0:  # too small to be read: the band's colour alone tells
                 return
             x, y = self._at(place.x - radius - 0.3, place.left[1] + number * 2.4 * radius)
-            self._token(x, y, radius, colour, sign)
-
-    def _token(self, x: float, y: float, radius: float, colour: str, sign: str) -> None:
-        self.shapes.append(Disc(x, y, radius, PAPER, colour))
-        r, stroke = 0.55 * radius, 0.26 * radius
-        arms = {
-            "+": [((x - r, y), (x + r, y)), ((x, y - r), (x, y + r))],
-            "×": [((x - r * 0.75, y - r * 0.75), (x + r * 0.75, y + r * 0.75)),
-                  ((x - r * 0.75, y + r * 0.75), (x + r * 0.75, y - r * 0.75))],
-            "||": [((x - r * 0.45, y - r), (x - r * 0.45, y + r)), ((x + r * 0.45, y - r), (x + r * 0.45, y + r))],
-            "A": [((x - r, y - r * 0.8), (x + r, y - r * 0.8)), ((x - r, y), (x + r * 0.2, y)),
-                  ((x - r, y + r * 0.8), (x + r * 0.7, y + r * 0.8))],
-        }.get(sign, [])  # fmt: skip
-        for start, end in arms:
-            self.shapes.append(Stroke(line(start, end), stroke, colour))
+            self.shapes += _token(x, y, radius, colour, sign)
 
     # --- nodes ---
 
@@ -212,26 +195,21 @@ class SitePainter:
         self.shapes.append(Text(x, y, figure, round(small, 2), GREY, "middle"))
 
     def headers(self, y: float) -> float:
-        """Globs under the sites that they stand for, with a line over all of them; the lowest point of all."""
-        lowest = y
-        for text, first, last in self.layout.labels.headers:
-            start, end = self.layout.places[first], self.layout.places[last]
-            left = start.x + start.width / 2 + self.left - self.layout.pitch / 2 + 1.2
-            right = end.x + end.width / 2 + self.left + self.layout.pitch / 2 - 1.2
-            self.shapes.append(Stroke(line((left, y + 1), (right, y + 1)), 0.6, GREY))
-            size, lines = header_lines(text, max(12.0, right - left + 1))
-            for number, each in enumerate(lines):
-                lowest = max(lowest, y + 2.5 + size * (1 + 1.15 * number))
-                self.shapes.append(
-                    Text((left + right) / 2, y + 2.5 + size * (1 + 1.15 * number), each, size, INK, "middle")
-                )
+        """Globs under the sites that they stand for; the lowest point of all."""
+
+        def middle(name: str) -> float:
+            place = self.layout.places[name]
+            return place.x + place.width / 2 + self.left
+
+        words, lowest = headers(self.layout.labels, middle, self.layout.pitch, y)
+        self.shapes += words
         return lowest
 
     def join(self, name: str, data: dict[str, Any]) -> None:
         place = self.layout.places[name]
         colour, sign = JOINS.get(data.get("join", ""), JOINS["sequential"])
         x, y = self._at(place.x + place.width / 2, place.y + place.height / 2)
-        self._token(x, y, place.width / 2, colour, sign)
+        self.shapes += _token(x, y, place.width / 2, colour, sign)
 
     def end(self, name: str, data: dict[str, Any]) -> None:
         place = self.layout.places[name]
@@ -243,28 +221,20 @@ class SitePainter:
 
     # --- legend ---
 
-    def _legend(self, y: float) -> float:
-        """Items side by side, in as many lines as they need; the lowest point of all."""
-        x = MARGIN
-        for width, draw in self._items():
-            if x + width > self.width - MARGIN and x > MARGIN:
-                x, y = MARGIN, y + 11
-            draw(x, y)
-            x += width + 9
-        return y + 3
-
-    def _items(self) -> Iterable[tuple[float, Any]]:
+    def _items(self) -> Iterable[Item]:
         layout = self.layout
         shades = palette(self.graph)
-        if len(shades) > 4:
-            yield self._ramp(shades)
-        else:
-            for colour, text in shades[1:] + shades[:1]:
-                yield self._swatch(colour, text)
+        meanings = shades[1:] + shades[:1]
         if layout.each > 1 and len(shades) == 2:
-            yield self._swatch(mixed(SHADES[0], BLUE, 0.5), "some of a square's units kept")
+            meanings.append((mixed(SHADES[0], BLUE, 0.5), "some of a square's units kept"))
         elif layout.each > 1 and len(shades) == 4:
-            yield self._swatch(blended([colour for colour, _ in shades]), "of several kinds: their colours mixed")
+            mean = blended([colour for colour, _ in shades])
+            meanings.append((mean, "of several kinds: their colours mixed"))
+        if len(shades) > 4:
+            yield _ramp(shades)
+        else:
+            for colour, text in meanings:
+                yield swatch(colour, fitting(text, self.width, 8))
         yield self._square()
         bands = {join_of(self.graph, *edge) for edge in self.graph.edges}
         signs = {data["join"] for _, data in self.graph.nodes(data=True) if data["kind"] == "join"}
@@ -273,72 +243,73 @@ class SitePainter:
         known = [kind for kind in JOINS if kind in bands | (signs - {"sequential"})]
         yield self._scale()
         for kind in known if len(known) > 1 or known != ["sequential"] else []:
-            yield self._key(kind, kind in bands, kind in signs)
+            yield _key(kind, kind in bands, kind in signs)
 
-    def _swatch(self, colour: str, text: str) -> tuple[float, Any]:
-        text = shortened(text, SMALL, self.width - 2 * MARGIN - 8)
-
-        def draw(x: float, y: float) -> None:
-            self.shapes.append(Cells(((x, y - 5, 5.5, 5.5),), colour))
-            self.shapes.append(Text(x + 8, y, text, SMALL, GREY))
-
-        return 8 + text_width(text, SMALL), draw
-
-    def _ramp(self, shades: list[tuple[str, str]]) -> tuple[float, Any]:
-        words = ["kept by no task", "by one", "by all"]
-        a, b, c = (text_width(text, SMALL) for text in words)
-
-        def draw(x: float, y: float) -> None:
-            self.shapes.append(Cells(((x, y - 5, 5.5, 5.5),), shades[0][0]))
-            self.shapes.append(Text(x + 8, y, words[0], SMALL, GREY))
-            self.shapes.append(Text(x + a + 17, y, words[1], SMALL, GREY))
-            for number, (colour, _) in enumerate(shades[1:]):
-                self.shapes.append(Cells(((x + a + b + 19.5 + 7 * number, y - 5, 5.5, 5.5),), colour))
-            self.shapes.append(Text(x + a + b + 21.5 + 7 * (len(shades) - 1), y, words[2], SMALL, GREY))
-
-        return a + b + c + 21.5 + 7 * (len(shades) - 1), draw
-
-    def _square(self) -> tuple[float, Any]:
+    def _square(self) -> Item:
         each, cell = self.layout.each, self.layout.cell
         across = 1 if cell >= 2 else 4 if cell >= 1.2 else 8  # a single small square could not be seen
         side, units = cell * across, each * across**2
-        text = "1 unit" if units == 1 else f"{units} units"
 
-        def draw(x: float, y: float) -> None:
+        def sign(x: float, y: float) -> list[Shape]:
             top, bottom = y - 2.2 - side / 2, y - 2.2 + side / 2
-            outline = line((x, top), (x + side, top), (x + side, bottom), (x, bottom), (x, top))
-            self.shapes.append(Stroke(outline, 0.5, GREY))
-            self.shapes.append(Text(x + side + 3, y, text, SMALL, GREY))
+            return [Stroke(line((x, top), (x + side, top), (x + side, bottom), (x, bottom), (x, top)), 0.5, GREY)]
 
-        return side + 3 + text_width(text, SMALL), draw
+        return side + 3, "1 unit" if units == 1 else f"{units} units", sign
 
-    def _scale(self) -> tuple[float, Any]:
+    def _scale(self) -> Item:
         band = self.layout.band
         said = self.graph.graph.get("flow", "flow: share of the source's units kept")
-        text = shortened(f"{said}, 100% and 50%", SMALL, self.width - 2 * MARGIN - 21)
         colour, _ = JOINS["sequential"]
+        return (
+            21.0,
+            fitting(f"{said}, 100% and 50%", self.width, 21),
+            lambda x, y: [
+                Stroke(line((x, y - 2.2), (x + 8, y - 2.2)), band, colour, 0.6),
+                Stroke(line((x + 10, y - 2.2), (x + 18, y - 2.2)), 0.5 * band, colour, 0.6),
+            ],
+        )
 
-        def draw(x: float, y: float) -> None:
-            for start, share in ((x, 1.0), (x + 10, 0.5)):
-                self.shapes.append(Stroke(line((start, y - 2.2), (start + 8, y - 2.2)), share * band, colour, 0.6))
-            self.shapes.append(Text(x + 21, y, text, SMALL, GREY))
 
-        return 21 + text_width(text, SMALL), draw
+def _ramp(shades: list[tuple[str, str]]) -> Item:
+    """The shades from "kept by no task" to "by all"."""
+    (none, _), *more = shades
+    a, b = (text_width(text, SMALL) for text in ("kept by no task", "by one"))
 
-    def _key(self, kind: str, band: bool, signed: bool) -> tuple[float, Any]:
-        """A kind of join: its band, where one is drawn, and its sign, where one is drawn."""
-        colour, sign = JOINS[kind]
-        text = {"sum": "residual sum"}.get(kind, kind)
-        start = 12.0 if band else 3.0
+    def sign(x: float, y: float) -> list[Shape]:
+        return [
+            tile(x, y, none),
+            Text(x + 8, y, "kept by no task", SMALL, GREY),
+            Text(x + a + 17, y, "by one", SMALL, GREY),
+            *(tile(x + a + b + 19.5 + 7 * number, y, colour) for number, (colour, _) in enumerate(more)),
+        ]
 
-        def draw(x: float, y: float) -> None:
-            if band:
-                self.shapes.append(Stroke(line((x, y - 2.2), (x + 12, y - 2.2)), 3.2, colour, 0.5))
-            if sign and signed:
-                self._token(x + start, y - 2.2, 2.8, colour, sign)
-            self.shapes.append(Text(x + start + 5, y, text, SMALL, GREY))
+    return a + b + 21.5 + 7 * len(more), "by all", sign
 
-        return start + 5 + text_width(text, SMALL), draw
+
+def _key(kind: str, band: bool, signed: bool) -> Item:
+    """A kind of join: its band, where one is drawn, and its sign, where one is drawn."""
+    colour, mark = JOINS[kind]
+    start = 12.0 if band else 3.0
+
+    def sign(x: float, y: float) -> list[Shape]:
+        drawn = [Stroke(line((x, y - 2.2), (x + 12, y - 2.2)), 3.2, colour, 0.5)] if band else []
+        return [*drawn, *(_token(x + start, y - 2.2, 2.8, colour, mark) if mark and signed else [])]
+
+    return start + 5, {"sum": "residual sum"}.get(kind, kind), sign
+
+
+def _token(x: float, y: float, radius: float, colour: str, sign: str) -> list[Shape]:
+    """The sign of a join in a circle."""
+    r, stroke = 0.55 * radius, 0.26 * radius
+    arms = {
+        "+": [((x - r, y), (x + r, y)), ((x, y - r), (x, y + r))],
+        "×": [((x - r * 0.75, y - r * 0.75), (x + r * 0.75, y + r * 0.75)),
+              ((x - r * 0.75, y + r * 0.75), (x + r * 0.75, y - r * 0.75))],
+        "||": [((x - r * 0.45, y - r), (x - r * 0.45, y + r)), ((x + r * 0.45, y - r), (x + r * 0.45, y + r))],
+        "A": [((x - r, y - r * 0.8), (x + r, y - r * 0.8)), ((x - r, y), (x + r * 0.2, y)),
+              ((x - r, y + r * 0.8), (x + r * 0.7, y + r * 0.8))],
+    }.get(sign, [])  # fmt: skip
+    return [Disc(x, y, radius, PAPER, colour), *(Stroke(line(start, end), stroke, colour) for start, end in arms)]
 
 
 def grouped(graph: nx.DiGraph, name: str, each: int) -> dict[str, list[int]]:

@@ -10,7 +10,8 @@ from typing import Any
 import networkx as nx
 
 from ..errors import RenderError
-from .labels import APART, Labels, header_lines, label
+from .frame import SMALL, Item, fitting, headers, legend, remark, swatch, title
+from .labels import APART, Labels, label
 from .scene import (
     FAINT,
     GREY,
@@ -28,13 +29,11 @@ from .scene import (
     Text,
     line,
     mixed,
-    paragraph,
     shortened,
     swing,
     text_width,
 )  # fmt: skip
 from .site_layout import MARGIN, PITCH
-from .site_scene import SMALL, TITLE
 from .words import called, subtitle
 
 NODES, EDGES = 500, 400  # more would be a hairball: of more edges, the strongest are drawn
@@ -87,10 +86,9 @@ class Strips:
         self.boxes: dict[str, Box] = {}
 
     def scene(self) -> Scene:
-        title = paragraph(subtitle(self.graph), TITLE, self.width - 2 * MARGIN)
-        for number, text in enumerate(title):
-            self.shapes.append(Text(MARGIN, MARGIN + TITLE * (1 + 1.25 * number), text, TITLE))
-        strips = self.place(MARGIN + TITLE * 1.25 * len(title) + 6)
+        words, below = title(subtitle(self.graph), self.width)
+        self.shapes += words
+        strips = self.place(below)
         for name, strip in strips.items():
             self.shapes.append(Cells((strip,), FAINT, name))
         edges = sorted(self.graph.edges(data=True), key=lambda edge: abs(edge[2]["weight"]))
@@ -99,8 +97,8 @@ class Strips:
         self.grid()
         for name, data in self.graph.nodes(data=True):
             self.node(name, data)
-        lowest = self.names(strips)
-        lowest = self._legend(lowest + 9)
+        words, lowest = legend(self._items(), self.width, self.names(strips) + 9)
+        self.shapes += words
         return Scene(self.width, lowest + MARGIN, subtitle(self.graph), self.shapes)
 
     # --- places ---
@@ -250,17 +248,9 @@ class Strips:
                 place = at + size * (1 + 1.18 * number)
                 self.shapes.append(Text(x + wide / 2, place, text, size, INK, "middle"))
         lowest += self.labels.height - (self.labels.figure + 3 if self.labels.turned else self.labels.small)
-        end = lowest
-        for text, first, last in self.labels.headers:
-            left = strips[first][0] + self.strip / 2 - self.pitch / 2 + 1.2
-            right = strips[last][0] + self.strip / 2 + self.pitch / 2 - 1.2
-            self.shapes.append(Stroke(line((left, lowest + 1), (right, lowest + 1)), 0.6, GREY))
-            size, lines = header_lines(text, max(12.0, right - left + 1))
-            for number, each in enumerate(lines):
-                end = max(end, lowest + 2.5 + size * (1 + 1.15 * number))
-                place = lowest + 2.5 + size * (1 + 1.15 * number)
-                self.shapes.append(Text((left + right) / 2, place, each, size, INK, "middle"))
-        return end
+        words, lowest = headers(self.labels, lambda name: strips[name][0] + self.strip / 2, self.pitch, lowest)
+        self.shapes += words
+        return lowest
 
     def _figure(self, name: str, x: float, y: float) -> None:
         lines = self._figures(name)
@@ -270,49 +260,29 @@ class Strips:
         for number, text in enumerate(reversed(lines)):
             self.shapes.append(Text(x, y - 3 - 1.2 * self.size * number, text, self.size, GREY, "middle"))
 
-    def _legend(self, y: float) -> float:
-        x = MARGIN
-        for width, shapes in self._items():
-            if x + width > self.width - MARGIN and x > MARGIN:
-                x, y = MARGIN, y + 11
-            for shape in shapes(x, y):
-                self.shapes.append(shape)
-            x += width + 9
-        return y + 3
-
-    def _items(self) -> Iterable[tuple[float, Any]]:
-        for colour, text in ((POSITIVE, "raises the logit"), (NEGATIVE, "lowers it")):
-            yield 8 + text_width(text, SMALL), lambda x, y, colour=colour, text=text: [
-                Cells(((x, y - 5, 5.5, 5.5),), colour), Text(x + 8, y, text, SMALL, GREY),
-            ]  # fmt: skip
-        text = f"|effect| {self.most:.3g} and {self.most / 4:.2g}"
-        yield 24 + text_width(text, SMALL), lambda x, y, text=text: [
-            Stroke(line((x, y - 2.2), (x + 9, y - 2.2)), WIDEST, POSITIVE, 0.85),
-            Stroke(line((x + 11, y - 2.2), (x + 20, y - 2.2)), WIDEST / 4, POSITIVE, 0.52),
-            Text(x + 24, y, text, SMALL, GREY),
-        ]  # fmt: skip
+    def _items(self) -> Iterable[Item]:
+        yield swatch(POSITIVE, "raises the logit")
+        yield swatch(NEGATIVE, "lowers it")
+        yield (
+            24.0,
+            f"|effect| {self.most:.3g} and {self.most / 4:.2g}",
+            lambda x, y: [
+                Stroke(line((x, y - 2.2), (x + 9, y - 2.2)), WIDEST, POSITIVE, 0.85),
+                Stroke(line((x + 11, y - 2.2), (x + 20, y - 2.2)), WIDEST / 4, POSITIVE, 0.52),
+            ],
+        )
         if any(data["kind"] == "bias" for _, data in self.graph.nodes(data=True)):
-            yield (
-                7 + text_width("bias", SMALL),
-                lambda x, y: [
-                    Disc(x + 2, y - 2.2, 1.6, PAPER, GREY),
-                    Text(x + 7, y, "bias", SMALL, GREY),
-                ],  # fmt: skip,
-            )
+            yield 7.0, "bias", lambda x, y: [Disc(x + 2, y - 2.2, 1.6, PAPER, GREY)]
         if self.graph.number_of_edges() > EDGES:
             weights = sorted((abs(data["weight"]) for *_, data in self.graph.edges(data=True)), reverse=True)
             share = sum(weights[:EDGES]) / (sum(weights) or 1.0)
-            text = f"the {EDGES} strongest of {len(weights):,} edges, {share:.0%} of |effect|"
-            yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+            yield remark(f"the {EDGES} strongest of {len(weights):,} edges, {share:.0%} of |effect|")
         facts = self.graph.graph
         known = [f"{key} {facts[key]}" for key in ("weighting", "reference", "estimator") if key in facts]
         known += [f"{facts['images']} images"] if "images" in facts else []
-        room = self.width - 2 * MARGIN
-        text = shortened("above: shown / kept / all units, share of |attribution| shown", SMALL, room)
-        yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+        yield remark(fitting("above: shown / kept / all units, share of |attribution| shown", self.width))
         if known:
-            text = shortened(", ".join(known), SMALL, room)
-            yield text_width(text, SMALL), lambda x, y, text=text: [Text(x, y, text, SMALL, GREY)]
+            yield remark(fitting(", ".join(known), self.width))
 
 
 def _outline(box: Box) -> tuple[Point, ...]:
