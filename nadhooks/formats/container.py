@@ -25,8 +25,7 @@ HEADER_BYTES = 16 * 2**20  # of the header, escapes included; ImageNet's 1,000 t
 NAME_CHARACTERS = 2_000  # of a tensor
 DIMENSIONS = 4
 AT_ONCE = 2**20  # bytes; a file up to this is read whole when it is opened
-SIZES = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes of the types that mask files use
-TYPES = {
+TYPES = {  # that mask files use
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "F16": torch.float16,
@@ -158,11 +157,11 @@ def _entry(name: str, entry: Any) -> Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(f"tensor {name!r} without dtype, shape and data_offsets alone")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SIZES:
-        _refuse(f"tensor {name!r} of a type other than {', '.join(SIZES)}")
+    if not isinstance(dtype, str) or dtype not in TYPES:
+        _refuse(f"tensor {name!r} of a type other than {', '.join(TYPES)}")
     if not _whole(shape) or len(shape) > DIMENSIONS or not _whole(place) or len(place) != 2:
         _refuse(f"tensor {name!r} whose shape or data_offsets are not whole numbers of at least 0")
-    if place[1] - place[0] != math.prod(shape) * SIZES[dtype]:
+    if place[1] - place[0] != math.prod(shape) * TYPES[dtype].itemsize:
         _refuse(f"tensor {name!r} of shape {shape} and type {dtype} in {place[1] - place[0]:,} bytes")
     return Entry(dtype, tuple(shape), *place)
 
