@@ -8,7 +8,7 @@ from typing import Any
 import graphviz
 import networkx as nx
 
-from .scene import BLUE, NEGATIVE, POSITIVE
+from .scene import BLUE, NEGATIVE, POSITIVE, mixed
 from .words import headline, subtitle
 
 SQUARE = 8  # points
@@ -131,11 +131,7 @@ def _text(text: str) -> tuple[int, str]:
 
 def _shade(share: float) -> str:
     """From the colour of a dropped unit to that of a kept one."""
-    if share <= 0:
-        return DROPPED
-    low, high = "#c6dbef", KEPT
-    mixed = (round(int(low[i : i + 2], 16) * (1 - share) + int(high[i : i + 2], 16) * share) for i in (1, 3, 5))
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+    return DROPPED if share <= 0 else mixed("#c6dbef", KEPT, share)
 
 
 def _wrapped(name: str, width: int = 14) -> list[str]:

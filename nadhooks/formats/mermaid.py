@@ -7,11 +7,12 @@ from typing import Any
 import networkx as nx
 
 from ..errors import RenderError
+from .scene import NEGATIVE, POSITIVE
 
 MOST = 500  # edges; Mermaid refuses more unless the page that shows it says otherwise
 WIDEST, THINNEST = 6.0, 1.0  # points
 SIGNS = {"sum": "+", "product": "×", "concatenation": "‖", "attention": "attention"}
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#7f7f7f"  # Okabe and Ito's, safe for colour-blind eyes
+GREY = "#7f7f7f"
 
 
 def to_mermaid(graph: nx.DiGraph) -> str:
@@ -38,7 +39,7 @@ def to_mermaid(graph: nx.DiGraph) -> str:
     strongest = max((abs(_strength(data)) for *_, data in graph.edges(data=True)), default=0.0) or 1.0
     for number, (*_, data) in enumerate(graph.edges(data=True)):
         width = THINNEST + (WIDEST - THINNEST) * abs(_strength(data)) / strongest
-        colour = GREY if "weight" not in data else ORANGE if data["weight"] >= 0 else BLUE
+        colour = GREY if "weight" not in data else POSITIVE if data["weight"] >= 0 else NEGATIVE
         lines.append(f"  linkStyle {number} stroke:{colour},stroke-width:{width:.1f}px")
     return "\n".join(lines) + "\n"
 
