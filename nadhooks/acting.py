@@ -40,16 +40,7 @@ class SiteGate:
             closed, changed = gates._closed_values(site), x
             if g is not None:
                 mine = self.counted and gates._values is None and closed is None
-                changed = gate(
-                    x,
-                    g,
-                    site.axis,
-                    site.block,
-                    closed,
-                    alternating=site.alternating,
-                    views=site.views,
-                    overwrite=mine and held_by_nobody_else(x, references),
-                )
+                changed = gate(x, g, site, closed, overwrite=mine and held_by_nobody_else(x, references))
             if shut is not None:
                 changed = with_closed(changed, shut, site, closed)
             if not torch.compiler.is_compiling():

@@ -67,7 +67,7 @@ class Setting:
         site = self.sites[source]
         g = torch.ones(1, site.units, device=value.device, dtype=value.dtype)
         g[:, units] = 0
-        return gate(value, g, site.axis, site.block, self.references[source], alternating=site.alternating)
+        return gate(value, g, site, self.references[source])
 
     def difference(self, source: str, value: Tensor) -> Tensor:
         """Value − reference, zero for units that the mask drops."""
@@ -90,8 +90,7 @@ class Setting:
         """Without what belongs to units that the mask drops."""
         if name == OUTPUT:
             return x
-        site = self.sites[name]
-        return gate(x, self.kept[name][None].to(x), site.axis, site.block, None, alternating=site.alternating)
+        return gate(x, self.kept[name].to(x), self.sites[name])
 
     def by_image(self, name: str, x: Tensor, images: int) -> Tensor:
         """Sums over positions: (images, units) float64; of the input (images, regions), of the output (images, 1)."""

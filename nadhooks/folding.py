@@ -296,7 +296,7 @@ def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> Iterator[None
         g, closed = rows[site.name]
         if bool((g == 1).all()):
             return None
-        return gate(x, g[None], site.axis, site.block, closed, alternating=site.alternating)
+        return gate(x, g, site, closed)
 
     with ExitStack() as stack:
         for site in sites:

@@ -51,9 +51,8 @@ class Gated:
         return self._gated(number, apply(x))
 
     def _gated(self, number: int, x: Tensor) -> Tensor:
-        site = self.gated_sites[number]
         g, closed = getattr(self, f"gates_{number}"), getattr(self, f"closed_{number}", None)
-        return gate(x, g, site.axis, site.block, closed, alternating=site.alternating)
+        return gate(x, g, self.gated_sites[number], closed)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A class that was made here cannot be found by its name: what it was made from can."""

@@ -18,29 +18,19 @@ Closed = Literal["zero", "mean", "optimal"]  # what a closed unit puts out
 LARGE = 2**18  # numbers of a site, from which on passes over it cost more than what Python does
 
 
-def gate(
-    x: Tensor,
-    g: Tensor,
-    axis: int,
-    block: int = 1,
-    closed: Tensor | None = None,
-    *,
-    alternating: bool = False,
-    views: bool = False,
-    overwrite: bool = False,
-) -> Tensor:
-    """g·x + (1 − g)·c on one axis of x, exact at g = 1; c is zero or `closed`, (units,) or (batch, units).
+def gate(x: Tensor, g: Tensor, site: Site, closed: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    """g·x + (1 − g)·c on the axis of a site's tensor x, exact at g = 1; c is zero or `closed`.
 
-    x: any floating-point tensor with the batch on axis 0. g: (1, units) for the whole batch or (batch, units); each
-    unit is `block` positions of `axis`, side by side or `alternating`. Where axis 0 of x is a multiple of the batch,
-    the positions of one sample lie together (windows, frames), or with `views` all samples of one view do. The result
-    has x's dtype: a float32 gate must not promote an output under autocast. overwrite: into x itself, where c is zero.
-    An x that is not finite stays so under a gate of 0, as 0·∞ is no number; `with_closed` replaces it.
+    x: floating-point, with the batch on axis 0. g, closed: (units,) or (1, units) for the whole batch, or (batch,
+    units). Where axis 0 of x is a multiple of the batch, the positions of one sample lie together (windows, frames), or
+    all samples of one view do (`site.views`). The result has x's dtype: a float32 gate must not promote an output under
+    autocast. overwrite: into x itself, where c is zero. An x that is not finite stays so under a gate of 0, as 0·∞ is
+    no number; `with_closed` replaces it.
     """
-    g = _spread(g, x, axis, block, alternating, views)  # (batch or 1, 1, …, positions, …, 1)
+    g = _spread(g, x, site)  # (batch or 1, 1, …, positions, …, 1)
     if closed is None:
         return x.mul_(g) if overwrite else g * x
-    c = _spread(closed, x, axis, block, alternating, views)
+    c = _spread(closed, x, site)
     offset = c - g * c
     if not (g.requires_grad and torch.is_grad_enabled()):
         return torch.addcmul(offset, g, x)  # one pass over x; on the way back to g it would be one more
@@ -91,8 +81,8 @@ def with_closed(x: Tensor, units: Tensor, site: Site, closed: Tensor | None = No
 
     closed: as for `gate`.
     """
-    there = _spread(units, x, site.axis, site.block, site.alternating, dtype=torch.bool)
-    what = 0 if closed is None else _spread(closed, x, site.axis, site.block, site.alternating, site.views)
+    there = _spread(units, x, site, torch.bool)
+    what = 0 if closed is None else _spread(closed, x, site)
     return torch.where(there, what, x)
 
 
@@ -108,15 +98,7 @@ def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y.as_strided(y.shape, x.stride())
 
 
-def _spread(
-    rows: Tensor,
-    x: Tensor,
-    axis: int,
-    block: int,
-    alternating: bool,
-    views: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def _spread(rows: Tensor, x: Tensor, site: Site, dtype: torch.dtype | None = None) -> Tensor:
     """(units,) or (batch or 1, units) in the shape of x, of size 1 where all are alike."""
     rows = rows if rows.dim() > 1 else rows[None]
     if len(rows) not in (1, x.shape[0]):
@@ -126,18 +108,18 @@ def _spread(
                 "pass one label per sample, or one task for the whole batch"
             )
         times = x.shape[0] // len(rows)
-        rows = rows.repeat(times, 1) if views else rows.repeat_interleave(times, 0)
-    rows = positions(rows.to(device=x.device, dtype=dtype or x.dtype), block, alternating)
+        rows = rows.repeat(times, 1) if site.views else rows.repeat_interleave(times, 0)
+    rows = positions(rows.to(device=x.device, dtype=dtype or x.dtype), site)
     shape = [1] * x.dim()
-    shape[0], shape[axis] = rows.shape
+    shape[0], shape[site.axis] = rows.shape
     return rows.reshape(shape)
 
 
-def positions(rows: Tensor, block: int, alternating: bool) -> Tensor:
-    """(n, units) -> (n, positions on the axis): what holds for a unit at each of its `block` positions."""
-    if block == 1:
+def positions(rows: Tensor, site: Site) -> Tensor:
+    """(n, units) -> (n, positions on the axis): what holds for a unit at each of its `site.block` positions."""
+    if site.block == 1:
         return rows
-    return rows.repeat(1, block) if alternating else rows.repeat_interleave(block, 1)
+    return rows.repeat(1, site.block) if site.alternating else rows.repeat_interleave(site.block, 1)
 
 
 class Clip(torch.autograd.Function):

@@ -193,10 +193,10 @@ def _columns(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _factors(site: Site, g: Tensor, closed: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """g and (1 − g)·c for each position on the site's axis; None where that is zero everywhere."""
-    spread = positions(g[None].to(like), site.block, site.alternating)[0]
+    spread = positions(g[None].to(like), site)[0]
     if closed is None:
         return spread, None
-    return spread, (1 - spread) * positions(closed[None].to(like), site.block, site.alternating)[0]
+    return spread, (1 - spread) * positions(closed[None].to(like), site)[0]
 
 
 def own(layer: nn.Module, name: str) -> Tensor:

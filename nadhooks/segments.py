@@ -27,7 +27,7 @@ Gated = Mapping[str, tuple[Tensor, Tensor | None]]  # {site: (1, units) gates, (
 
 def gated(site: Site, x: Tensor, gates: Gated) -> Tensor:
     g, closed = gates[site.name]
-    return gate(x, g, site.axis, site.block, closed, alternating=site.alternating)
+    return gate(x, g, site, closed)
 
 
 def unit_part(site: Site, x: Tensor, unit: int) -> Tensor:
@@ -75,9 +75,7 @@ class Cut:
             if target == "output":
                 cotangent = torch.ones_like(self.entering[target])
             elif target in found:
-                site = self.sites[target]
-                g, _ = gates[target]
-                cotangent = gate(found[target], g, site.axis, site.block, None, alternating=site.alternating)
+                cotangent = gate(found[target], gates[target][0], self.sites[target])
             else:  # nothing of it reaches the score by gradient
                 continue
             for source, part in self.product(target, cotangent).items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import nadhooks
 from nadhooks.errors import ModelError, NadhooksError, SiteError, TaskError
 from nadhooks.gating import gate
+from nadhooks.sites import Site
 
 from .nets import Line, Mlp, Pair, Split, images, seeded, vectors
 
@@ -29,7 +30,7 @@ def test_gate_scales_units_and_mixes_in_closed_values() -> None:
     g = torch.tensor([[1.0, 0.5, 0.0]])
     closed = torch.tensor([10.0, 20.0, 30.0])
     expected = torch.stack([x[:, 0], 0.5 * x[:, 1] + 10, torch.full((2, 2), 30.0)], 1)
-    assert torch.equal(gate(x, g, 1, closed=closed), expected)
+    assert torch.equal(gate(x, g, Site("a", 1, 3, "a"), closed), expected)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -47,7 +48,7 @@ def test_gradients_lead_through_gates_and_closed_values(
     )
 
     def gated(x: Tensor, g: Tensor, closed: Tensor) -> Tensor:
-        return gate(x, g, 2, 3, closed)
+        return gate(x, g, Site("a", 2, 2, "a", block=3), closed)
 
     assert torch.autograd.gradcheck(gated, (x, g, closed), check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradcheck(gated, (x.detach(), g, closed.detach()), check_forward_ad=True)
@@ -62,7 +63,7 @@ def test_gradients_lead_through_gates_and_closed_values(
 def test_gate_takes_blocks_and_windows() -> None:
     x = torch.ones(4, 2, 6)  # two samples of two windows each, two units of three positions
     g = torch.tensor([[0.0, 1.0], [1.0, 0.5]])
-    out = gate(x, g, 2, block=3)
+    out = gate(x, g, Site("a", 2, 2, "a", block=3))
     assert out[:2].sum() == 2 * 2 * 3
     assert torch.equal(out[2, 0], torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]))
     assert torch.equal(out[2], out[3])
@@ -91,7 +92,7 @@ def test_views_of_one_batch_get_their_samples_gates() -> None:
 
 def test_gate_keeps_the_dtype_of_what_it_gates() -> None:
     x = torch.ones(2, 3, dtype=torch.bfloat16)
-    assert gate(x, torch.ones(1, 3), 1, closed=torch.zeros(3)).dtype == torch.bfloat16
+    assert gate(x, torch.ones(1, 3), Site("a", 1, 3, "a"), torch.zeros(3)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("closed", ["zero", "mean"])
