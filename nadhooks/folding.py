@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from .errors import ModelError, TaskError
 from .gated import put_gate
 from .gating import gate
 from .hookable import bare_copy, check_model
-from .hooking import on_site
+from .hooking import on_sites
 from .identity import misfit, parameters_of_sites, unlike, without_wrappers
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
 from .masks import Masks, check_masks
@@ -288,8 +288,7 @@ def _folded(bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[F
     return folded
 
 
-@contextmanager
-def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> Iterator[None]:
+def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> AbstractContextManager[None]:
     """Inside, hooks gate the sites as `with gates(task)` does."""
 
     def change(site: Site, x: Tensor) -> Tensor | None:
@@ -298,10 +297,7 @@ def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> Iterator[None
             return None
         return gate(x, g, site, closed)
 
-    with ExitStack() as stack:
-        for site in sites:
-            stack.callback(on_site(model, site, partial(change, site)).remove)
-        yield
+    return on_sites(model, sites, change)
 
 
 def _cast_like(model: nn.Module, example: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -109,6 +110,17 @@ def on_site(model: nn.Module, site: Site, change: Change, active: Callable[[], b
     if site.side == "input":
         return Handle(module.register_forward_pre_hook(hook, with_kwargs=True))
     return Handle(module.register_forward_hook(cast(Any, hook), prepend=True))
+
+
+@contextmanager
+def on_sites(
+    model: nn.Module, sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Inside, `change(site, tensor)` is registered on each of these sites."""
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(on_site(model, site, partial(change, site)).remove)
+        yield
 
 
 def beside(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Module]:

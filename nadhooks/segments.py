@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import SiteError
 from .gating import gate
-from .hooking import beside, on_site, running
+from .hooking import beside, on_sites, running
 from .sites import Site
 from .tracing import call_model
 
@@ -62,10 +62,7 @@ class Cut:
             self.leaving[site.name] = leaf
             return leaf.clone()  # not the leaf itself: a model may change it in place
 
-        with ExitStack() as stack:
-            for site in sites:
-                stack.callback(on_site(model, site, partial(cut, site)).remove)
-            stack.enter_context(torch.enable_grad())
+        with on_sites(model, sites, cut), torch.enable_grad():
             self.entering["output"] = score(call_model(model, self.leaving["input"].clone()))
         self.gradient = self._gradients(gates)
 
@@ -163,8 +160,7 @@ class Replay:
         return name in self._outputs and self._done[name] <= self._from
 
     def _start(self, stack: ExitStack) -> None:
-        for site in self._sites.values():
-            stack.callback(on_site(self.model, site, partial(self._changed, site)).remove)
+        stack.enter_context(on_sites(self.model, self._sites.values(), self._changed))
         with ExitStack() as recording, torch.no_grad():
             self._watch_modules(recording)
             self.entering["output"] = self.score(call_model(self.model, copy(self.leaving["input"])))

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .as_found import undisturbed
 from .errors import ModelError
-from .hooking import on_site, running
+from .hooking import on_sites, running
 from .joins import Joined, joined
 from .nesting import leaves_of
 from .sites import Site
@@ -127,7 +127,7 @@ def _by_autograd(model: nn.Module, sites: Sequence[Site], example: Any) -> tuple
     def entered(tensor: Tensor) -> Tensor:
         return cut(INPUT, tensor.clone()) if tensor.is_floating_point() else tensor
 
-    with _hooked(model, sites, mark), torch.enable_grad():
+    with undisturbed(model), on_sites(model, sites, mark), torch.enable_grad():
         try:
             outputs = call_model(model, pytree.tree_map_only(Tensor, entered, example))
         except RuntimeError as error:
@@ -208,7 +208,8 @@ def _by_perturbation(
         return tensor + noise * (tensor.std(correction=0) + FLAT)
 
     def run(source: str | None, change: Callable[[Site, Tensor], Tensor | None], around: Around) -> list[Any]:
-        with _hooked(model, sites, change), _layers_run(model, sites, around), torch.no_grad():
+        hooked = on_sites(model, sites, change)
+        with undisturbed(model), hooked, _layers_run(model, sites, around), torch.no_grad():
             inputs = pytree.tree_map_only(Tensor, noisy if source == INPUT else Tensor.clone, example)
             return leaves_of(call_model(model, inputs))
 
@@ -252,15 +253,6 @@ def _all_same(a: list[Any], b: list[Any]) -> bool:
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _hooked(model: nn.Module, sites: Sequence[Site], change: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        for site in sites:
-            stack.callback(on_site(model, site, partial(change, site)).remove)
-        yield
 
 
 def _layers_run(model: nn.Module, sites: Sequence[Site], around: Around) -> AbstractContextManager[None]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -16,7 +14,7 @@ from ..default_device import made_on_cpu
 from ..effects import Setting, setting
 from ..errors import NadhooksError, SiteError
 from ..flow_like import UNIT_FLOW, check_flow
-from ..hooking import on_site
+from ..hooking import on_sites
 from ..masks import Masks
 from ..segments import Cut, Replay, gated, unit_part
 from ..sites import Site
@@ -273,9 +271,7 @@ def _answers(found: Setting, shut: Shut) -> tuple[float, float]:
         return found.closed(site.name, x, shut[site.name]) if site.name in shut else x
 
     for images in found.batches:
-        with ExitStack() as stack:
-            for site in found.sites.values():
-                stack.callback(on_site(found.model, site, partial(change, site)).remove)
+        with on_sites(found.model, found.sites.values(), change):
             outputs = logits_of(call_model(found.model, images))
         right += int(outputs.argmax(1).eq(found.label).sum())
         total += float(outputs[:, found.label].sum())
