@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import networkx as nx
@@ -16,7 +15,7 @@ from .as_found import frozen
 from .batching import finite
 from .errors import DataError, NadhooksError, TaskError
 from .gates import attach
-from .gating import Closed, by_unit, gate, unit_sums
+from .gating import Closed, UnitMeans, by_unit, gate
 from .hookable import check_model
 from .identity import without_wrappers
 from .masks import Masks, check_masks
@@ -223,16 +222,13 @@ def _with_references(found: Setting, reference: str, known: Mapping[str, Tensor]
         axes = (0, 2, 3) if pixels.dim() == 4 else (0,)
         references = dict(known) if known is not None else _means(found)
         references[INPUT] = pixels.mean(axes, keepdim=True)[0]
-    return Setting(**{**vars(found), "references": references})
+    return replace(found, references=references)
 
 
 def _means(found: Setting) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    counts: dict[str, int] = defaultdict(int)
+    means = UnitMeans(found.sites.values())
     for images in found.batches:
         with found.replaying(images) as replay:
             for name, site in found.sites.items():
-                sums[name] = sums[name] + unit_sums(replay.leaving[name], site)
-                counts[name] += replay.leaving[name].numel() // site.units
-    dtype = found.batches[0].dtype
-    return {name: (total / counts[name]).to(dtype) for name, total in sums.items()}
+                means.add(site, replay.leaving[name])
+    return {name: mean.to(found.batches[0]) for name, mean in means.means().items()}
