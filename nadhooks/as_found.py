@@ -38,12 +38,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients for weights inside; flags and the random state as found afterwards."""
+    with gradients(model, False), undisturbed(model):
+        yield
+
+
+@contextmanager
+def gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, every parameter takes gradients, or none does; as found afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        with undisturbed(model):
-            yield
+            parameter.requires_grad_(wanted)
+        yield
     finally:
         for parameter, required in flags:
             parameter.requires_grad_(required)

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from . import zoo
-from .as_found import undisturbed
+from .as_found import gradients, undisturbed
 from .comparing import close, difference, largest, outputs, varied
 from .default_device import made_on_cpu
 from .errors import ModelError, NadhooksError
@@ -149,8 +149,9 @@ class _Work:
     def graph(self) -> Any:
         """torch-pruning's graph of what is coupled with what. Raises ModelError."""
         try:
-            with warnings.catch_warnings(), torch.enable_grad(), _learning(self.model):
-                warnings.simplefilter("ignore")  # parameters that are no layer's: what is coupled with these stays
+            with warnings.catch_warnings(), torch.enable_grad(), gradients(self.model, True):
+                # it reads the graph off gradients, and warns of parameters that are no layer's: what they touch stays
+                warnings.simplefilter("ignore")
                 return self.pruning.DependencyGraph().build_dependency(
                     self.model, self.example, forward_fn=call_model, verbose=False
                 )
@@ -377,19 +378,6 @@ def _torch_pruning() -> Any:
             f"shrinking needs torch-pruning ({error}): pip install 'nadhooks[shrink]'; sub_architecture does without"
         ) from error
     return torch_pruning
-
-
-@contextmanager
-def _learning(model: nn.Module) -> Iterator[None]:
-    """Inside, every parameter has gradients, which torch-pruning reads the graph from."""
-    found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in found:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, requires in found:
-            parameter.requires_grad_(requires)
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
