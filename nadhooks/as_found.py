@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +53,19 @@ def gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for parameter, required in flags:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def other_parameters(model: nn.Module, other: Callable[[nn.Parameter], Tensor | None]) -> Iterator[None]:
+    """Inside, what `other` gives for a floating-point parameter stands in its place; the model's own come back."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                value = other(parameter) if parameter.is_floating_point() else None
+                if value is not None:
+                    stack.callback(module._parameters.__setitem__, name, parameter)
+                    module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+        yield
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -9,8 +9,8 @@ Two ways to know. The autograd graph of one forward pass tells almost everything
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .as_found import undisturbed
+from .as_found import other_parameters, undisturbed
 from .errors import ModelError
 from .hooking import on_sites, running
 from .joins import Joined, joined
@@ -87,20 +87,16 @@ def agreed(wiring: nx.DiGraph, second: nx.DiGraph) -> nx.DiGraph:
     return nx.freeze(graph)
 
 
-@contextmanager
-def flowing(model: nn.Module) -> Iterator[None]:
+def flowing(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, parameters that hide the flow are others, drawn from [0.5, 1.5]; the model's own come back untouched."""
     generator = torch.Generator().manual_seed(0)
-    with ExitStack() as stack:
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
-                    continue
-                if parameter.detach().abs().amax() < FLAT:
-                    drawn = torch.rand(parameter.shape, generator=generator).add_(0.5)
-                    stack.callback(module._parameters.__setitem__, name, parameter)
-                    module._parameters[name] = nn.Parameter(drawn.to(parameter), parameter.requires_grad)
-        yield
+
+    def drawn(parameter: nn.Parameter) -> Tensor | None:
+        if parameter.is_meta or not parameter.numel() or not parameter.detach().abs().amax() < FLAT:
+            return None
+        return torch.rand(parameter.shape, generator=generator).add_(0.5).to(parameter)
+
+    return other_parameters(model, drawn)
 
 
 # --- by autograd -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites, zoo
-from ..as_found import undisturbed
+from ..as_found import other_parameters, undisturbed
 from ..errors import NadhooksError, SiteError
 from ..gates import Gates, attach
 from ..gating import unit_sums
@@ -388,16 +388,9 @@ def calmed(model: nn.Module, batch: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def scaled(model: nn.Module, factor: float) -> Iterator[None]:
+def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
     """Inside, every parameter times a factor; the model's own come back untouched."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point():
-                    stack.callback(module._parameters.__setitem__, name, parameter)
-                    module._parameters[name] = nn.Parameter(parameter.detach() * factor, parameter.requires_grad)
-        yield
+    return other_parameters(model, lambda parameter: parameter.detach() * factor)
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
