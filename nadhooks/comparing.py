@@ -42,6 +42,17 @@ def scaled(example: Any, scale: float) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x * scale if x.is_floating_point() else x, example)
 
 
+def same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Equal to the last bit, and in type and shape; NaN is the same as NaN."""
+
+    def alike(a: Any, b: Any) -> bool:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return bool(a == b)
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+    return len(ours) == len(theirs) and all(map(alike, ours, theirs))
+
+
 def close(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Equal but for rounding, tensor by tensor."""
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if isinstance(a, Tensor) and a.is_floating_point()]

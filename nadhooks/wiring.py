@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .as_found import other_parameters, undisturbed
+from .comparing import same
 from .errors import ModelError
 from .hooking import on_sites, running
 from .joins import Joined, joined
@@ -220,32 +221,22 @@ def _by_perturbation(
                 edges.add((source, site.name))
                 return tensor
             before = recorded[site.name][index]
-            if not _same(tensor, before):
+            if not same([tensor], [before]):
                 edges.add((source, site.name))
             return noisy(before) if site.name == source else before.clone()
 
         def skip(site: Site, forward: Forward, input: Tensor, calls: dict[str, int] = calls) -> Tensor:
             index = calls[site.name]
-            known = index < len(recorded[site.name]) and _same(input, taken[site.name][index])
+            known = index < len(recorded[site.name]) and same([input], [taken[site.name][index]])
             return recorded[site.name][index] if known else forward(input)
 
         try:
-            moved = not _all_same(run(source, replay, skip), outputs)
+            moved = not same(run(source, replay, skip), outputs)
         except (RuntimeError, IndexError):  # other proposals than those that the replayed tensors belong to
             moved = True
         if moved:
             edges.add((source, OUTPUT))
     return edges
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    return a.shape == b.shape and not bool(((a != b) & ~((a != a) & (b != b))).any())  # NaN is the same as NaN
-
-
-def _all_same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import sites, zoo
 from ..as_found import other_parameters, undisturbed
+from ..comparing import same
 from ..errors import NadhooksError, SiteError
 from ..gates import Gates, attach
 from ..gating import unit_sums
@@ -243,7 +244,7 @@ def closing_is_felt(run: Runner, gates: Gates, strongest: dict[str, list[int]]) 
     wrong = []
     chosen = [site for site in gates.sites if site.name in strongest]
     for site in chosen[:: -(-len(chosen) // SAMPLED)] if chosen else []:
-        module = run.module(site.module)
+        module = run.model.get_submodule(site.module)
         layer = has_weights(module) and site.side == "output" and site.within is None
         for unit in strongest[site.name]:
             with gates.close(site.name, unit):
@@ -360,9 +361,6 @@ class Runner:
             self.seen[training, gradients] = [x.detach() for x in outputs]
         return self.seen[training, gradients]
 
-    def module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
-
 
 @contextmanager
 def zeroed(module: nn.Module, axis: int, unit: int) -> Iterator[None]:
@@ -391,14 +389,6 @@ def calmed(model: nn.Module, batch: Any) -> Iterator[None]:
 def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
     """Inside, every parameter times a factor; the model's own come back untouched."""
     return other_parameters(model, lambda parameter: parameter.detach() * factor)
-
-
-def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Bit for bit; NaN is the same as NaN."""
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 @contextmanager
