@@ -12,7 +12,7 @@ from torch import nn
 from .errors import SiteError
 from .masks import Masks, described
 from .sites import Site, unwrapped
-from .tracing import Trace, parameters_behind
+from .tracing import Trace
 
 
 def structure_of(sites: Sequence[Site], parameters_behind: Mapping[str, int]) -> str:
@@ -49,11 +49,27 @@ def without_wrappers(masks: Masks, sites: Sequence[Site]) -> Masks:
 
 
 def parameters_of_sites(seen: Trace, sites: Iterable[Site]) -> dict[str, int]:
-    """{site: how many of the model's parameters ran after the site before it}."""
-    first = {site.module: site for site in reversed(list(sites))}  # of several leaves of a module, the first has them
-    ordered = [first[module] for module in dict.fromkeys(site.module for site in sites)]
-    counts = parameters_behind(seen, [(site.module, site.side == "output") for site in ordered])
-    return {site.name: count for site, count in zip(ordered, counts, strict=True)}
+    """{site: how many of the model's parameters ran after the site before it}; of a module's sites, the first has them.
+
+    Parameters count where they run first, and shared ones once.
+    """
+    first: dict[str, Site] = {}
+    for site in sites:
+        first.setdefault(site.module, site)
+    found = {site.name: 0 for site in first.values()}
+    known: set[int] = set()
+    waiting = 0
+    for call in seen.fired():
+        own = {id(parameter): parameter.numel() for parameter in call.module.parameters(recurse=False)}
+        new = sum(size for key, size in own.items() if key not in known)
+        known |= own.keys()
+        if call.name not in first:
+            waiting += new
+        elif first[call.name].side == "output":
+            found[first[call.name].name], waiting = waiting + new, 0
+        else:
+            found[first[call.name].name], waiting = waiting, new
+    return found
 
 
 def unlike(masks: Masks, sites: Sequence[Site], parameters_behind: Mapping[str, int]) -> dict[str, str]:

@@ -327,22 +327,3 @@ def own_weights(trace: Trace) -> dict[str, list[str]]:
             names = [name for name, parameter in own if sum(length > 1 for length in parameter.shape) > 1]
             found |= {call.name: names} if names else {}
     return found
-
-
-def parameters_behind(trace: Trace, ends: Sequence[tuple[str, bool]]) -> list[int]:
-    """How many parameters ran before each of these (module, whether its own count too) and after the one before it.
-
-    Parameters count where they run first, and shared ones once.
-    """
-    places = {trace.calls[trace.first[name]].done: index for index, (name, _) in enumerate(ends)}
-    counts, seen, waiting = [0] * len(ends), set(), 0
-    for call in trace.fired():
-        own = {id(parameter): parameter.numel() for parameter in call.module.parameters(recurse=False)}
-        new = sum(size for key, size in own.items() if key not in seen)
-        seen |= set(own)
-        if call.done in places:
-            index = places[call.done]
-            before, new = (waiting + new, 0) if ends[index][1] else (waiting, new)
-            counts[index], waiting = before, 0
-        waiting += new
-    return counts
