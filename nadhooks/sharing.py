@@ -18,10 +18,10 @@ from torch import Tensor
 from . import zoo
 from ._version import __version__
 from .collapsing import collapse
-from .errors import MaskFileError, NadhooksError, RenderError
+from .errors import MaskFileError, RenderError
 from .flow import flow_graph
 from .formats import hub
-from .masks import Masks
+from .masks import Masks, check_masks
 from .rendering import render
 
 PICTURES = ("flow.png", "flow.svg")  # the first that can be drawn stands in the card
@@ -80,8 +80,7 @@ def push_to_hub(
 
     Raises MaskFileError where the Hub says no or cannot be reached.
     """
-    if not isinstance(masks, Masks):
-        raise NadhooksError(f"expected Masks, got {type(masks).__name__}; nadhooks.load(path) reads a file")
+    check_masks(masks)
     repo = _checked(repo, file)
     with TemporaryDirectory() as folder:
         masks.save(Path(folder) / "masks")
