@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TypeGuard
 
 from torch import nn
 
 from .errors import SiteError
-from .structure import attention_heads, block_names, hidden_activations
+from .structure import Pick, Side, attention_heads, block_names, hidden_activations
 from .tracing import Call, Leaf, Trace, has_weights, layer_axis, never_fired, own_weights, samples_on_axis_0
 
-Side = Literal["input", "output"]
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")  # DataParallel, DDP; compile; FSDP
 
 
@@ -46,17 +45,6 @@ class Site:
     alternating: bool = False
     within: str | None = field(default=None, compare=False)
     views: bool = field(default=False, compare=False)
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A module that a selector chose. A required pick that cannot become a site is an error, any other is reported."""
-
-    module: str
-    required: bool = False
-    side: Side = "output"
-    units: int | None = None  # None: one per position on the axis
-    alternating: bool = False
 
 
 @dataclass
@@ -123,7 +111,6 @@ def neurons() -> Selector:
 
     That is what an activation puts out between two linear layers or 1x1 convolutions of one module.
     """
-
     return Selector("neurons()", lambda trace: Selection([Pick(name) for name in hidden_activations(trace)]))
 
 
@@ -133,13 +120,7 @@ def heads() -> Selector:
     Found as modules with a whole number `num_heads` (`n_heads`, `heads`) that run a linear layer or 1x1 convolution
     on something else than they take in; where none does, the heads are what the module puts out.
     """
-
-    def select(trace: Trace) -> Selection:
-        found, skipped = attention_heads(trace)
-        picks = [Pick(each.module, False, each.side, each.number, each.alternating) for each in found]
-        return Selection(picks, skipped)
-
-    return Selector("heads()", select)
+    return Selector("heads()", lambda trace: Selection(*attention_heads(trace)))
 
 
 def matching(*globs: str) -> Selector:
@@ -190,8 +171,12 @@ def where(condition: Callable[[str, nn.Module], bool]) -> Selector:
 
 def described(sites: Sites | None) -> str:
     """What mask files say of how the sites were chosen."""
-    given = isinstance(sites, Sequence) and sites and all(isinstance(site, Site) for site in sites)
-    return GIVEN if given else selector_of(sites).description
+    return GIVEN if _given(sites) else selector_of(sites).description
+
+
+def _given(sites: Sites | None) -> TypeGuard[Sequence[Site]]:
+    """Whether they are handed over as they are, and no selector is to find them."""
+    return isinstance(sites, Sequence) and bool(sites) and all(isinstance(site, Site) for site in sites)
 
 
 def selector_of(sites: Sites | None) -> Selector:
@@ -220,8 +205,8 @@ def find(trace: Trace, sites: Sites | None, axis: Axis | None = None) -> tuple[t
 
     axis: the axis of the units where it cannot be determined, for all sites or as {glob: axis}.
     """
-    if isinstance(sites, Sequence) and sites and all(isinstance(site, Site) for site in sites):
-        return _as_given(trace, [site for site in sites if isinstance(site, Site)]), {}
+    if _given(sites):
+        return _as_given(trace, sites), {}
     selector = selector_of(sites)
     selection = selector.select(trace)
     found: list[tuple[int, Site]] = []

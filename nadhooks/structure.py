@@ -18,6 +18,19 @@ from .tracing import Call, Trace, has_weights, input_units, layer_axis, never_fi
 
 MOST = 64  # blocks; networks of more give the last block of each of their stages
 
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A module that a selector chose. A required pick that cannot become a site is an error, any other is reported."""
+
+    module: str
+    required: bool = False
+    side: Side = "output"
+    units: int | None = None  # None: one per position on the axis
+    alternating: bool = False
+
 
 def block_names(trace: Trace) -> list[str]:
     """The modules that a person would call the network's blocks.
@@ -176,27 +189,15 @@ HEAD_COUNTS = ("num_heads", "n_heads", "heads")
 ALTERNATING = {"timm.models.nest.Attention"}  # types whose feature i belongs to head i mod heads
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Where an attention module has its heads: on what its output projection takes in, or on what it puts out.
+def attention_heads(trace: Trace) -> tuple[list[Pick], dict[str, str]]:
+    """Where the heads of every attention module are, and {attention module: why it has none}.
 
-    They lie side by side, or alternate along the axis.
-    """
-
-    module: str
-    number: int
-    side: Literal["input", "output"]
-    alternating: bool
-
-
-def attention_heads(trace: Trace) -> tuple[list[Heads], dict[str, str]]:
-    """The heads of every attention module, and {attention module: why it has none}.
-
+    They are on what its output projection takes in, or on what it puts out, side by side, or alternating on the axis.
     Attention modules are those with a whole number `num_heads` (`n_heads`, `heads`) and no such module running inside.
     The output projection is the last linear layer or 1x1 convolution they run, unless that takes in what the module
     itself does (then it projects the queries, and the heads are what the module puts out).
     """
-    found: list[Heads] = []
+    found: list[Pick] = []
     skipped: dict[str, str] = {}
     attention = {call.name: number for call in trace.fired() if (number := _head_count(call.module))}
     for name, number in attention.items():
@@ -219,9 +220,9 @@ def attention_heads(trace: Trace) -> tuple[list[Heads], dict[str, str]]:
         elif not features or features % number:
             skipped[name] = f"expected {number} heads of equal size, got {features or 'an unknown number of'} features"
         elif projections:
-            found.append(Heads(projections[-1].name, number, "input", alternating))
+            found.append(Pick(projections[-1].name, False, "input", number, alternating))
         else:
-            found.append(Heads(name, number, "output", alternating))
+            found.append(Pick(name, False, "output", number, alternating))
     return found, skipped
 
 
