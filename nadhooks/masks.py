@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from os import PathLike
@@ -20,7 +20,7 @@ from .formats.mask_file import Stored, StoredValues
 from .formats.tables import masks_table
 from .gating import Closed
 from .sites import Site
-from .tasks import Label, Tasks
+from .tasks import Label, Tasks, alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +182,8 @@ class Masks:
 
     def select(self, tasks: object) -> Masks:
         """The masks of some tasks, by name or label, in that order; a single one may stand alone."""
-        alone = isinstance(tasks, (str, int)) or not isinstance(tasks, Iterable) or getattr(tasks, "ndim", 1) == 0
-        rows = [self.task_rows.row(task) for task in ([tasks] if alone else list(tasks))]  # type: ignore[call-overload]
+        several = [tasks] if alone(tasks) else list(tasks)  # type: ignore[call-overload]
+        rows = [self.task_rows.row(task) for task in several]
         if not rows:
             raise TaskError("select: expected at least one task, got none")
         values, constants = (

@@ -52,7 +52,7 @@ class Tasks:
         """From a number K (labels 0..K-1), a sequence of labels, or a mapping from label to name."""
         if isinstance(tasks, Mapping):
             return cls(tuple(map(_label, tasks)), tuple(str(name) for name in tasks.values()))
-        if isinstance(tasks, (bool, str, bytes)) or not hasattr(tasks, "__iter__") or getattr(tasks, "ndim", 1) == 0:
+        if alone(tasks):
             try:
                 number = _label(tasks)
             except TaskError:
@@ -92,10 +92,7 @@ class Tasks:
                 raise TaskError(f"labels: expected one per sample, shape (batch,), got shape {tuple(labels.shape)}")
             # one round trip to the host; the few labels of a batch cost less than a look-up on the device would
             return torch.tensor([self.row(label) for label in labels.reshape(-1).tolist()], dtype=torch.long)
-        alone = (
-            isinstance(labels, (str, bytes, int)) or not hasattr(labels, "__iter__") or getattr(labels, "ndim", 1) == 0
-        )
-        rows = [self.row(labels)] if alone else [self.row(label) for label in labels]  # type: ignore[attr-defined]
+        rows = [self.row(labels)] if alone(labels) else [self.row(label) for label in labels]  # type: ignore[attr-defined]
         if not rows:
             raise TaskError("labels: expected one per sample, got none")
         return torch.tensor(rows, dtype=torch.long)
@@ -111,6 +108,11 @@ class Tasks:
         ]
         more = f", … ({len(self)} in all)" if len(self) > 6 else ""
         return "one of " + ", ".join(shown) + more
+
+
+def alone(given: object) -> bool:
+    """Whether it is one task, or one number, and not several."""
+    return isinstance(given, (str, bytes)) or not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0
 
 
 def _label(label: object) -> Label:
