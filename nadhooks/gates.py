@@ -23,7 +23,7 @@ from .hookable import check_model
 from .hooking import Handle, on_site
 from .identity import misfit, parameters_of_sites, structure_of, unlike, without_wrappers
 from .masks import Masks, check_masks
-from .sites import GIVEN, Axis, Site, Sites, described, find
+from .sites import GIVEN, Axis, Site, Sites, chosen_by, find
 from .tasks import Tasks, TaskSpec
 from .tracing import Trace, call_model, trace
 from .wiring import INPUT, OUTPUT, agreed, perturb, wire
@@ -90,7 +90,7 @@ class Gates:
         seen = trace(model, example)
         self.model: nn.Module | None = model  # None once detached
         found, self.skipped = find(seen, sites, axis)
-        self.chosen_by = described(sites)
+        self.chosen_by = chosen_by(sites)
         self.wiring: nx.DiGraph = wire(model, found, example)
         self.sites = self._without_dead_ends(found) if self.chosen_by != GIVEN else found
         self.closed: Closed = closed

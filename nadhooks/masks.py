@@ -17,7 +17,7 @@ from .default_device import made_on_cpu
 from .errors import MaskFileError, NadhooksError, SiteError, TaskError
 from .formats import mask_file, remote
 from .formats.mask_file import Stored, StoredValues
-from .formats.tables import masks_table
+from .formats.notebook import masks_table
 from .gating import Closed
 from .sites import Site
 from .tasks import Label, Tasks, alone

@@ -169,7 +169,7 @@ def where(condition: Callable[[str, nn.Module], bool]) -> Selector:
     return Selector(f"where({getattr(condition, '__name__', condition)})", select)
 
 
-def described(sites: Sites | None) -> str:
+def chosen_by(sites: Sites | None) -> str:
     """What mask files say of how the sites were chosen."""
     return GIVEN if _given(sites) else selector_of(sites).description
 

@@ -25,7 +25,7 @@ FLOORS = [
         "formats.words",
     },
     {"flow_like"},
-    {"collapsing", "formats.labels", "formats.drawing", "formats.tikz", "formats.dot", "formats.tables"},
+    {"collapsing", "formats.labels", "formats.drawing", "formats.tikz", "formats.dot", "formats.notebook"},
     {"formats.graphml", "formats.gexf", "formats.node_link", "formats.mermaid", "formats.table"},
     {"formats.data"},
     {"formats.site_layout"},

@@ -25,6 +25,7 @@ from nadhooks.errors import RenderError
 from nadhooks.formats import WRITERS, scene
 from nadhooks.formats.html import to_html
 from nadhooks.formats.labels import label
+from nadhooks.formats.notebook import masks_table
 from nadhooks.formats.scene import (
     BLUE,
     BOTH,
@@ -45,7 +46,6 @@ from nadhooks.formats.scene import (
 )
 from nadhooks.formats.site_layout import DOUBLE, lay_out
 from nadhooks.formats.site_scene import JOINS
-from nadhooks.formats.tables import masks_table
 from nadhooks.graphs import FlowGraph
 from nadhooks.masks import Masks
 from nadhooks.tasks import Tasks
