@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites, zoo
-from ..as_found import other_parameters, undisturbed
 from ..comparing import same
-from ..errors import NadhooksError, SiteError
+from ..errors import NadhooksError
 from ..gates import Gates, attach
 from ..gating import unit_sums
-from ..nesting import leaves_of
 from ..sites import Site
-from ..tracing import call_model, doubled, has_weights
+from ..tracing import doubled, has_weights
 from ..wiring import INPUT, OUTPUT, flowing, perturb
+from .running import FAINTER, Runner, calmed, on_meta, ordinary_attention, scaled, smallest_example, zeroed
 
 GRANULARITIES = {
     "blocks": sites.blocks,
@@ -36,12 +34,9 @@ GRANULARITIES = {
 }
 CHECKS = ("open", "gradient", "closing", "per sample", "detach", "wiring", "perturbation")
 MAY_BE_ABSENT = ("neurons", "heads")  # a network of convolutions has neither
-SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)  # image sides that are tried, smallest first
 SAMPLED = 6  # sites that are closed one at a time, where there are more
 TRIED = 5  # units of such a site, until the output feels one
-FAINTER = (0.7, 0.3, 0.1)  # weights times these, until no sigmoid or softmax is saturated on the way of a gradient
 SECONDS_TO_PERTURB = {"blocks": 120, "channels": 2400}  # at most expected; in which a second opinion is asked for
-LOUD = 1e6  # outputs beyond this, of networks of drawn weights, swallow the part of a single unit
 REAL_PARAMETERS = 40_000_000
 REAL_BYTES = 8 * 2**30
 
@@ -97,7 +92,7 @@ class Finding:
 
 def parameters_of(spec: str) -> int:
     """How many parameters a model has, without allocating them where it can be made on the meta device."""
-    return sum(parameter.numel() for parameter in _on_meta(spec).parameters())
+    return sum(parameter.numel() for parameter in on_meta(spec).parameters())
 
 
 def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iterator[Finding]:
@@ -108,14 +103,14 @@ def check_model(spec: str, *, real: bool, channels_wiring: bool = False) -> Iter
     """
     torch.manual_seed(0)
     begun = time.monotonic()
-    model = zoo.load_model(spec) if real else _on_meta(spec)
+    model = zoo.load_model(spec) if real else on_meta(spec)
     if zoo.detects(model):  # its way depends on what it sees, so that the meta device cannot run it
         real = True
         model = zoo.load_model(spec).double()  # sums over thousands of anchors would swallow a unit's part
     made = time.monotonic() - begun
-    example, ran = _smallest_example(model) if real else (zoo.example_for(model), "meta")
+    example, ran = smallest_example(model) if real else (zoo.example_for(model), "meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with flowing(model), _ordinary_attention(), calmed(model, doubled(example) if real else None):
+    with flowing(model), ordinary_attention(), calmed(model, doubled(example) if real else None):
         run = Runner(model, doubled(example)) if real else None
         for granularity in GRANULARITIES:
             before = imprint(model)
@@ -194,12 +189,12 @@ def gradient_reaches_every_gate(run: Runner, gates: Gates, strongest: dict[str, 
             with scaled(run.model, factor):
                 missing = [name for name in missing if name in _gradients(run, gates, {})[0]]
     if missing and run.detects and len(missing) < len(gates.sites) / 2:
-        return f"ok: a detector's loss sees only the anchors that it draws, none of {_few(missing)}"
+        return f"ok: a detector's loss sees only the anchors that it draws, none of {few(missing)}"
     unread = [name for name in missing if name not in strongest and not _is_felt(run, gates, name)]
     if missing and unread == missing:
-        return f"ok: the output does not depend on {_few(missing)}"
+        return f"ok: the output does not depend on {few(missing)}"
     if missing or 4 * counts[0] < counts[1]:
-        return f"none at {_few(missing)}" if missing else f"at {counts[0]} of {counts[1]} units only"
+        return f"none at {few(missing)}" if missing else f"at {counts[0]} of {counts[1]} units only"
     return "ok"
 
 
@@ -257,7 +252,7 @@ def closing_is_felt(run: Runner, gates: Gates, strongest: dict[str, list[int]]) 
                 break
         else:
             wrong.append(f"{site.name} does not feel units {strongest[site.name]}")
-    return _few(wrong) or "ok"
+    return few(wrong) or "ok"
 
 
 def samples_go_their_own_way(run: Runner, gates: Gates) -> str:
@@ -283,9 +278,9 @@ def wiring_is_sound(gates: Gates) -> str:
         return "has a cycle"
     sources = [node for node in wiring if not wiring.in_degree(node)]
     if sources != [INPUT]:
-        return f"has other sources than the input: {_few(sources)}"
+        return f"has other sources than the input: {few(sources)}"
     astray = set(wiring) - nx.ancestors(wiring, OUTPUT) - {OUTPUT}
-    return f"no way to the output from {_few(sorted(astray))}" if astray else "ok"
+    return f"no way to the output from {few(sorted(astray))}" if astray else "ok"
 
 
 def perturbation_agrees(run: Runner, gates: Gates, example: Any) -> str:
@@ -298,8 +293,8 @@ def perturbation_agrees(run: Runner, gates: Gates, example: Any) -> str:
                 refuted -= set(perturb(run.model, gates.sites, example).edges)
     differ = [f"adds {u} -> {v}" for u, v in sorted(added)] + [f"refutes {u} -> {v}" for u, v in sorted(refuted)]
     if differ and run.detects and not added:
-        return f"ok: a detector looks only at the boxes that it keeps, each on one level, which {_few(differ)}"
-    return _few(differ) or "ok"
+        return f"ok: a detector looks only at the boxes that it keeps, each on one level, which {few(differ)}"
+    return few(differ) or "ok"
 
 
 def imprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -318,119 +313,10 @@ def imprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 def detach_restores(model: nn.Module, before: dict[str, tuple[Any, ...]]) -> str:
     after = imprint(model)
     changed = [name or "the model" for name in before if after.get(name) != before[name]]
-    return f"differs from before: {_few(changed)}" if changed else "ok"
+    return f"differs from before: {few(changed)}" if changed else "ok"
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
-
-
-class Runner:
-    """Runs a model the same way each time: random state, buffers and training flags as they were.
-
-    seconds: how long a run takes.
-    """
-
-    def __init__(self, model: nn.Module, batch: Any):
-        self.model, self.batch = model, batch
-        self.training_batch = zoo.training_example(model, batch)
-        self.detects = zoo.detects(model)
-        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.moved = False  # running statistics, in train mode
-        self.seen: dict[tuple[bool, bool], list[Tensor]] = {}  # what the bare model put out
-        begun = time.monotonic()
-        self.bare()
-        self.seconds = time.monotonic() - begun
-
-    def __call__(self, *, training: bool = False, gradients: bool = False) -> list[Tensor]:
-        """The floating-point leaves of the output."""
-        if self.moved:  # not right after the run that moved them: its gradients are still to be taken
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(self.buffers[name])
-        self.moved = training
-        with undisturbed(self.model), torch.set_grad_enabled(gradients):
-            torch.manual_seed(2)  # dropout and stochastic depth
-            if training:
-                self.model.train()
-            outputs = call_model(self.model, self.training_batch if training else self.batch)
-        return [x for x in leaves_of(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
-
-    def bare(self, *, training: bool = False, gradients: bool = False) -> list[Tensor]:
-        """What the model put out when this was asked first, without gates in force."""
-        if (training, gradients) not in self.seen:
-            outputs = self(training=training, gradients=gradients)
-            self.seen[training, gradients] = [x.detach() for x in outputs]
-        return self.seen[training, gradients]
-
-
-@contextmanager
-def zeroed(module: nn.Module, axis: int, unit: int) -> Iterator[None]:
-    def zero(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.index_fill(axis, torch.tensor([unit], device=output.device), 0)
-
-    handle = module.register_forward_hook(zero, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def calmed(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Inside, fainter weights where the model's own make its outputs overflow."""
-    with ExitStack() as stack:
-        for factor in (1.0, *FAINTER) if batch is not None and not zoo.detects(model) else ():
-            stack.enter_context(scaled(model, factor))
-            if all(bool((x.abs() < LOUD).all()) for x in Runner(model, batch).bare()):
-                break
-            stack.close()
-        yield
-
-
-def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
-    """Inside, every parameter times a factor; the model's own come back untouched."""
-    return other_parameters(model, lambda parameter: parameter.detach() * factor)
-
-
-@contextmanager
-def _ordinary_attention() -> Iterator[None]:
-    """Without the fused inference path of nn.MultiheadAttention, in which there is no tensor to gate."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _on_meta(spec: str) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return zoo.load_model(spec)
-    except NadhooksError:  # torchvision's RegNet reads numbers from a tensor while it is made
-        return zoo.load_model(spec).to("meta")
-
-
-def _smallest_example(model: nn.Module) -> tuple[Any, str]:
-    """The forward arguments of the smallest images that the model takes, and their description."""
-    rescaling = getattr(model, "transform", None)
-    for module in model.modules():
-        if hasattr(module, "score_thresh"):
-            module.__dict__["score_thresh"] = 0.0  # an untrained detector is sure of nothing, so that it keeps all …
-        if hasattr(module, "detections_per_img"):
-            module.__dict__["detections_per_img"] = 8  # … and its mask and keypoint heads would take minutes
-    for side in (*SIZES, None):
-        example = zoo.example_for(model, side)
-        size = max(leaf.shape[-1] for leaf in leaves_of(example))
-        if rescaling is not None and hasattr(rescaling, "min_size") and getattr(rescaling, "fixed_size", None) is None:
-            rescaling.min_size, rescaling.max_size = (size,), size  # detection would rescale to 800 pixels
-        try:
-            run = Runner(model, doubled(example))
-            run(training=True)
-            run()
-        except Exception:  # each model has its own way to say that a size does not suit it
-            continue
-        return example, f"{size} px"
-    raise SiteError("the model takes no image size that it says it takes")
 
 
 def _why_absent(error: NadhooksError) -> str:
@@ -439,5 +325,5 @@ def _why_absent(error: NadhooksError) -> str:
     return "none in this network" if "chose nothing" in head and not reasons else " ".join(text.split())[:300]
 
 
-def _few(names: Sequence[str], number: int = 3) -> str:
+def few(names: Sequence[str], number: int = 3) -> str:
     return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .._version import __version__
 from . import model_names, versions
-from .check import CHECKS, GRANULARITIES, MAY_BE_ABSENT, Finding
+from .check import CHECKS, GRANULARITIES, MAY_BE_ABSENT, Finding, few
 
 VERSIONS = ("nadhooks", "torch", "timm", "torchvision")
 COLUMNS = (
@@ -142,8 +142,7 @@ def page(rows: Sequence[Row]) -> str:
     lines += [] if failed else ["Nothing failed.", ""]
     lines += ["| granularity | check | found | models |", "| --- | --- | --- | --- |"] if notes else []
     for (granularity, check, text), names in notes.items():
-        shown = ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"| {granularity} | {check} | {text} | {shown} |")
+        lines.append(f"| {granularity} | {check} | {text} | {few([f'`{name}`' for name in names], 4)} |")
     lines += [
         "",
         "## By model file",
