@@ -66,7 +66,7 @@ class Finding:
     model: str
     granularity: str
     parameters: int
-    ran: str  # "64 px", "clip 112 px", "meta"
+    ran: str  # "64 px" or "meta"; "real" if the process ended
     sites: int = 0
     units: int = 0
     left_out: int = 0
