@@ -340,7 +340,7 @@ def test_the_same_graph_gives_the_same_bytes_in_any_process() -> None:
 
 def digests() -> str:
     graphs = (BRANCHES, unit_graph(regions=2))
-    return " ".join(sha256(write(graph, "double")).hexdigest() for write in WRITERS.values() for graph in graphs)
+    return " ".join(sha256(write(graph, "double", None)).hexdigest() for write in WRITERS.values() for graph in graphs)
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
@@ -350,7 +350,7 @@ def test_texts_are_those_of_the_golden_files(name: str) -> None:
 
 
 def golden(name: str) -> str:
-    return WRITERS[Path(name).suffix](GOLDEN[name], "single").decode()
+    return WRITERS[Path(name).suffix](GOLDEN[name], "single", None).decode()
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on the PATH")

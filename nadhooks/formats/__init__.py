@@ -24,7 +24,7 @@ from .unit_scene import unit_scene
 from .writing import write_bytes
 
 Width = str | float
-Writer = Callable[[nx.DiGraph, Width], bytes]
+Writer = Callable[[nx.DiGraph, Width, Kept | None], bytes]
 WIDTHS = {"single": SINGLE, "double": DOUBLE}
 
 
@@ -44,21 +44,19 @@ def scene(graph: nx.DiGraph, width: Width = "double") -> Scene:
 
 
 def _drawn(format: str) -> Writer:
-    return lambda graph, width: draw(scene(graph, width), format)
+    return lambda graph, width, _: draw(scene(graph, width), format)
 
 
 def _written(write: Callable[[nx.DiGraph], str]) -> Writer:
-    return lambda graph, _: write(graph).encode()
+    return lambda graph, *_: write(graph).encode()
 
 
 PICTURE_WRITERS: dict[str, Writer] = {f".{format}": _drawn(format) for format in ("svg", "png", "pdf")}
 TEXT_WRITERS: dict[str, Writer] = {
-    ".html": lambda graph, _: to_html(graph).encode(),
-    ".tex": lambda graph, width: to_tikz(scene(graph, width)).encode(),
-    ".dot": lambda graph, _: to_dot(graph).encode(),
-    ".gv": lambda graph, _: to_dot(graph).encode(),
+    ".html": lambda graph, _, kept: to_html(graph, kept).encode(),
+    ".tex": lambda graph, width, _: to_tikz(scene(graph, width)).encode(),
+    **{suffix: _written(write) for suffix, write in {".dot": to_dot, ".gv": to_dot, **DATA_WRITERS}.items()},
 }
-TEXT_WRITERS |= {suffix: _written(write) for suffix, write in DATA_WRITERS.items()}
 WRITERS = PICTURE_WRITERS | TEXT_WRITERS
 PICTURES, TEXT = tuple(PICTURE_WRITERS), tuple(TEXT_WRITERS)
 
@@ -80,7 +78,7 @@ def render(graph: nx.DiGraph, path: str | PathLike[str], *, width: Width = "doub
     if suffix not in DATA_WRITERS or not isinstance(graph, nx.DiGraph):  # other programs may want a bare wiring
         check_flow(graph, error=RenderError)
     try:
-        data = to_html(graph, kept).encode() if suffix == ".html" else WRITERS[suffix](graph, width)
+        data = WRITERS[suffix](graph, width, kept)
     except LACKING as error:
         raise RenderError(f"expected a graph made by {FLOW}, got one that lacks something ({error})") from error
     _write(path, data)
