@@ -19,7 +19,7 @@ from .gating import Closed, UnitMeans, by_unit, gate
 from .hookable import check_model
 from .identity import without_wrappers
 from .masks import Masks, check_masks
-from .segments import Cut, Gated, Score, replaying
+from .segments import Cut, Gating, Score, replaying
 from .sites import Site
 from .tracing import call_model, logits_of
 from .wiring import INPUT, OUTPUT
@@ -40,7 +40,7 @@ class Setting:
     model: nn.Module
     sites: Mapping[str, Site]
     wiring: nx.DiGraph
-    gates: Gated
+    gates: Gating
     kept: Mapping[str, Tensor]
     references: Mapping[str, Tensor]
     batches: tuple[Tensor, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,13 @@ from .comparing import close, difference, largest, outputs, scaled, varied
 from .default_device import made_on_cpu
 from .errors import ModelError, TaskError
 from .gated import put_gate
-from .gating import gate
 from .hookable import bare_copy, check_model
 from .hooking import on_sites
 from .identity import misfit, parameters_of_sites, unlike, without_wrappers
 from .layers import Neighbour, consumers, producers, scale_columns, scale_rows
 from .masks import Masks, check_masks
 from .nesting import flatten
+from .segments import Gating, gated
 from .sites import Site, find
 from .tracing import Trace, trace
 from .wiring import OUTPUT, flowing
@@ -90,8 +90,6 @@ _SAID: dict[How, str] = {
     "open": "open",
 }
 
-Rows = Mapping[str, tuple[Tensor, Tensor | None]]  # site -> gates (units,), what closed units put out (units,)
-
 
 @made_on_cpu
 def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, example: Any = None) -> nn.Module:
@@ -124,7 +122,7 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
         chosen = without_wrappers(chosen, sites)
         if differ := unlike(chosen, sites, parameters_of_sites(seen, sites)):
             raise misfit(differ, "take masks of this model, or gates.masks() after gates.load(masks, strict=False)")
-        rows: Rows = {
+        rows: Gating = {
             site.name: (
                 chosen[site.name][0],
                 None if (closed := chosen.closed_values(site.name)) is None else closed[0],
@@ -137,7 +135,7 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
 
 
 def _made(
-    bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any], task: str
+    bare: nn.Module, sites: Sequence[Site], rows: Gating, plan: Sequence[Fold], inputs: Sequence[Any], task: str
 ) -> nn.Module:
     folded = _folded(bare, sites, rows, plan)
     apart, most, alike = 0.0, 0.0, True
@@ -159,7 +157,7 @@ def _made(
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _options(seen: Trace, sites: Sequence[Site], rows: Rows) -> list[list[Fold]]:
+def _options(seen: Trace, sites: Sequence[Site], rows: Gating) -> list[list[Fold]]:
     """For each site where its gates could go, best first; what is doubtful is for `_confirmed` to try."""
     before, behind = producers(seen, sites), consumers(seen, sites)
     options = []
@@ -185,7 +183,7 @@ def _options(seen: Trace, sites: Sequence[Site], rows: Rows) -> list[list[Fold]]
 
 
 def _confirmed(
-    bare: nn.Module, sites: Sequence[Site], rows: Rows, options: Sequence[list[Fold]], inputs: Sequence[Any]
+    bare: nn.Module, sites: Sequence[Site], rows: Gating, options: Sequence[list[Fold]], inputs: Sequence[Any]
 ) -> list[Fold]:
     """The best of the options that are exact: where a fold is not, the next is tried; the last is a gate.
 
@@ -218,7 +216,9 @@ def _lively(bare: nn.Module) -> nn.Module:
         return copy.deepcopy(twin)
 
 
-def _wrong(twin: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold], inputs: Sequence[Any]) -> set[str]:
+def _wrong(
+    twin: nn.Module, sites: Sequence[Site], rows: Gating, plan: Sequence[Fold], inputs: Sequence[Any]
+) -> set[str]:
     """The sites where a folded model puts out something else than the hooked one, each judged by itself: what enters
     it is the hooked model's. Also OUTPUT.
     """
@@ -270,7 +270,7 @@ def _seen(model: nn.Module, places: Iterable[str], see: Callable[[str, list[Any]
 # --- the model, folded and hooked ------------------------------------------------------------------------------------
 
 
-def _folded(bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[Fold]) -> nn.Module:
+def _folded(bare: nn.Module, sites: Sequence[Site], rows: Gating, plan: Sequence[Fold]) -> nn.Module:
     """A copy of a model with gates where the plan says."""
     folded = copy.deepcopy(bare)
     device = next((parameter.device for parameter in folded.parameters()), None)
@@ -288,14 +288,11 @@ def _folded(bare: nn.Module, sites: Sequence[Site], rows: Rows, plan: Sequence[F
     return folded
 
 
-def _gated(model: nn.Module, sites: Sequence[Site], rows: Rows) -> AbstractContextManager[None]:
+def _gated(model: nn.Module, sites: Sequence[Site], rows: Gating) -> AbstractContextManager[None]:
     """Inside, hooks gate the sites as `with gates(task)` does."""
 
     def change(site: Site, x: Tensor) -> Tensor | None:
-        g, closed = rows[site.name]
-        if bool((g == 1).all()):
-            return None
-        return gate(x, g, site, closed)
+        return None if bool((rows[site.name][0] == 1).all()) else gated(site, x, rows)
 
     return on_sites(model, sites, change)
 

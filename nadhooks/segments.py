@@ -22,10 +22,11 @@ from .sites import Site
 from .tracing import call_model
 
 Score = Callable[[Any], Tensor]  # from what the model puts out to one number, summed over the images
-Gated = Mapping[str, tuple[Tensor, Tensor | None]]  # {site: (1, units) gates, (units,) closed values or None for zero}
+# {site: (units,) or (1, units) gates, and (units,) what closed units put out, None for zero}
+Gating = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
-def gated(site: Site, x: Tensor, gates: Gated) -> Tensor:
+def gated(site: Site, x: Tensor, gates: Gating) -> Tensor:
     g, closed = gates[site.name]
     return gate(x, g, site, closed)
 
@@ -50,7 +51,7 @@ class Cut:
     leaving: {site: what leaves it, gated, a leaf}; under "input" the images. gradient: {site: d score / d leaving}.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], gates: Gated, images: Tensor, score: Score):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], gates: Gating, images: Tensor, score: Score):
         self.sites = {site.name: site for site in sites}
         self.entering: dict[str, Tensor] = {}
         self.leaving: dict[str, Tensor] = {"input": images.detach().clone().requires_grad_()}
@@ -66,7 +67,7 @@ class Cut:
             self.entering["output"] = score(call_model(model, self.leaving["input"].clone()))
         self.gradient = self._gradients(gates)
 
-    def _gradients(self, gates: Gated) -> dict[str, Tensor]:
+    def _gradients(self, gates: Gating) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for target in reversed(self.entering):
             if target == "output":
@@ -100,7 +101,7 @@ class Replay:
     it, gated}, "input": the images.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], gates: Gated, images: Tensor, score: Score):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], gates: Gating, images: Tensor, score: Score):
         self.model, self.gates, self.score = model, gates, score
         self.entering: dict[str, Tensor] = {}
         self.leaving: dict[str, Tensor] = {"input": images.detach()}
@@ -205,7 +206,7 @@ class _Remembered:
 
 
 @contextmanager
-def replaying(model: nn.Module, sites: Sequence[Site], gates: Gated, images: Tensor, score: Score) -> Iterator[Replay]:
+def replaying(model: nn.Module, sites: Sequence[Site], gates: Gating, images: Tensor, score: Score) -> Iterator[Replay]:
     """Records one pass of the images; inside, `run` replays parts of it. Hooks and forwards are put back at the end."""
     with ExitStack() as stack:
         replay = Replay(model, sites, gates, images, score)

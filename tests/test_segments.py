@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import nadhooks
-from nadhooks.segments import Cut, Gated, Replay, gated, replaying
+from nadhooks.segments import Cut, Gating, Replay, gated, replaying
 from nadhooks.sites import Site
 
 from .nets import Line, images, seeded
 
 
-def half_open(model: nn.Module, sites: object, x: Tensor) -> tuple[tuple[Site, ...], Gated]:
+def half_open(model: nn.Module, sites: object, x: Tensor) -> tuple[tuple[Site, ...], Gating]:
     """Random hard gates at these sites."""
     with nadhooks.attach(model, sites, example=x[:1]) as gates:  # type: ignore[arg-type]
         random = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def test_replayed_segments_are_what_they_were_and_modules_before_do_not_run_agai
         assert len(layers) <= 4, "behind the last site only the head runs"
 
 
-def slow(model: nn.Module, sites: tuple[Site, ...], gates: Gated, x: Tensor, source: str, value: Tensor) -> Tensor:
+def slow(model: nn.Module, sites: tuple[Site, ...], gates: Gating, x: Tensor, source: str, value: Tensor) -> Tensor:
     """The logit with a source's value replaced and everything behind it following."""
     handles = [
         model.get_submodule(site.module).register_forward_hook(
@@ -115,7 +115,7 @@ def test_modules_that_are_called_for_what_they_do_to_their_input_run_again() -> 
     model = InPlace().double()
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sites = (Site("b", 1, 2, "b"),)
-    gates: Gated = {"b": (torch.ones(1, 2, dtype=torch.float64), None)}
+    gates: Gating = {"b": (torch.ones(1, 2, dtype=torch.float64), None)}
     with replaying(model, sites, gates, x, first_logit) as replay:
         assert isinstance(replay, Replay)
         again = replay.run("b", replay.leaving["b"], ["output"])["output"]
