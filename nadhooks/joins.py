@@ -6,13 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SEQUENTIAL, SUM, CONCATENATION, PRODUCT, ATTENTION = JOINS = (
-    "sequential",
-    "sum",
-    "concatenation",
-    "product",
-    "attention",
-)  # from the plainest to the most telling
+JOINS = ("sequential", "sum", "concatenation", "product", "attention")  # from the plainest to the most telling
+SEQUENTIAL, SUM, CONCATENATION, PRODUCT, ATTENTION = JOINS
 # What the names of autograd nodes begin with that join several tensors.
 NAMES = {
     SUM: ("AddBackward", "AddcmulBackward"),

@@ -235,21 +235,9 @@ def _origin(masks: Masks) -> str:
     """What the masks say of where they come from, as a list."""
     origin = dict(masks.provenance)
     named = (
-        "model",
-        "trained",
-        "weights",
-        "data",
-        "method",
-        "options",
-        "keep",
-        "fidelity",
-        "start",
-        "autocast",
-        "seed",
-        "sites",
-        "nadhooks",
-        "libraries",
-    )
+        "model", "trained", "weights", "data", "method", "options", "keep", "fidelity", "start", "autocast", "seed",
+        "sites", "nadhooks", "libraries",
+    )  # fmt: skip
     lines = [
         f"- {key}: {text(_value(origin[key]))}" for key in named if origin.get(key) is not None and origin[key] != {}
     ]

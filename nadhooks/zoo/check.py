@@ -26,12 +26,7 @@ from ..tracing import doubled, has_weights
 from ..wiring import INPUT, OUTPUT, flowing, perturb
 from .running import FAINTER, Runner, calmed, on_meta, ordinary_attention, scaled, smallest_example, zeroed
 
-GRANULARITIES = {
-    "blocks": sites.blocks,
-    "channels": sites.channels,
-    "neurons": sites.neurons,
-    "heads": sites.heads,
-}
+GRANULARITIES = {"blocks": sites.blocks, "channels": sites.channels, "neurons": sites.neurons, "heads": sites.heads}
 CHECKS = ("open", "gradient", "closing", "per sample", "detach", "wiring", "perturbation")
 MAY_BE_ABSENT = ("neurons", "heads")  # a network of convolutions has neither
 SAMPLED = 6  # sites that are closed one at a time, where there are more

@@ -15,21 +15,9 @@ from .check import CHECKS, GRANULARITIES, MAY_BE_ABSENT, Finding, few
 
 VERSIONS = ("nadhooks", "torch", "timm", "torchvision")
 COLUMNS = (
-    *VERSIONS,
-    "model",
-    "granularity",
-    "result",
-    "parameters",
-    "ran",
-    "sites",
-    "units",
-    "left out",
-    "edges",
-    *CHECKS,
-    "attach seconds",
-    "seconds",
-    "reason",
-)
+    *VERSIONS, "model", "granularity", "result", "parameters", "ran", "sites", "units", "left out", "edges", *CHECKS,
+    "attach seconds", "seconds", "reason",
+)  # fmt: skip
 
 Row = Mapping[str, str]
 
