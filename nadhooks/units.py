@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from .wiring import INPUT, OUTPUT
 Key = tuple[str, int]  # a site and a unit of it; the bias of a site is unit -1
 BIAS = -1
 ROUNDING = 1e-9  # a remainder below this share of what it remains of is none
+NO_EDGES = (
+    "no edges: what this mask lets through adds nothing to the logit on an average of the images; learn one that keeps "
+    "more, or choose sites without the classifier, whose own unit for the task may be closed"
+)
 
 
 @made_on_cpu
@@ -77,7 +82,7 @@ def unit_flow(
     level, tasks, model, weighting, reference, estimator, images, logit (their mean), sites {site: units, kept, stage,
     shown, coverage}, paths [{nodes, weight}]. A path's weight is the share of the logit that takes it, each step being
     taken for its share of the target's inflow: the last edge's weight times e / Σ|e| of every edge before.
-    Units from which no way leads to the output after pruning are left out.
+    Units from which no way leads to the output after pruning are left out. Where nothing is left, a warning says why.
 
     Raises TaskError for a task that is no output of the model, SiteError for masks of another model and sites
     that fire more than once, DataError for images that are none.
@@ -99,6 +104,8 @@ def unit_flow(
             logit=effects.logit,
             paths=strongest_paths(graph, paths),
         )
+    if not graph.number_of_edges():
+        warnings.warn(NO_EDGES, stacklevel=3)
     return graph
 
 

@@ -98,6 +98,17 @@ def test_a_mask_takes_its_dropped_units_out_of_the_flow() -> None:
     assert graph.graph["sites"]["a"] == {"units": 3, "kept": 2, "stage": 1, "shown": 2, "coverage": 1.0}
 
 
+def test_where_nothing_flows_a_warning_says_why_at_the_users_line() -> None:
+    model = Planted().double()
+    for dropped in ({"head": [0]}, {"a": [0, 1, 2], "b": [0, 1, 2]}):
+        masks = masks_of(model, ["a", "b", "head"], X, dropped)
+        with pytest.warns(UserWarning, match="no edges: .* adds nothing .* without the classifier") as said:
+            graph = nadhooks.unit_flow(model, masks, 0, X, **EVERYTHING)
+        assert not graph.number_of_edges()
+        assert [each.filename for each in said] == [__file__]
+
+
+@pytest.mark.filterwarnings("ignore:no edges")
 def test_the_mean_as_reference_leaves_only_what_differs_from_it() -> None:
     found = weights(planted(reference="mean"))  # over the two images: every difference cancels in the average
     assert all(abs(weight) < 1e-12 for edge, weight in found.items() if "bias" not in edge[0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from ..gates import attach
 from ..identity import weights_of
 from ..masks import Masks, load
 from ..rendering import render
-from ..units import unit_flow
+from ..units import NO_EDGES, unit_flow
 from .models import (
     Command,
     check_writable,
@@ -121,12 +123,13 @@ def _units(options: argparse.Namespace) -> None:
         raise DataError(f"{options.data} has no held-out images of {name}")
     loader = DataLoader(mine.dataset, batch_size=options.batch_size, num_workers=options.workers)
     shown = torch.cat([images for images, _ in loader]).to(next(model.parameters()).device)
-    with bar(f"following the flow of {name}") as update:
+    with bar(f"following the flow of {name}") as update, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(NO_EDGES))  # which is said below
         graph = unit_flow(model, masks, name, shown, nodes=options.nodes, edges=options.edges, progress=update)
     render(graph, options.out, width=options.width)
     say(f"{graph.number_of_nodes():,} nodes, {graph.number_of_edges():,} edges, of {len(shown)} images")
     if not graph.number_of_edges():
-        say("no edges: what this mask lets through to the logit is the same for all images")
+        say(NO_EDGES)
     if options.prove:
         with err.status("closing units of the live network"):
             found = verify(model, masks, graph, shown)
