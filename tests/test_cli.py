@@ -385,6 +385,17 @@ def test_render_names_tasks_and_suffixes(mask_file: Path, capsys: pytest.Capture
     assert "unknown task '²'" in capsys.readouterr().err
 
 
+def test_too_large_pictures_name_the_number_of_sites_to_collapse_to(capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(80)))
+    with nadhooks.attach(model, ["*"], example=torch.ones(1, 2)) as gates:
+        gates.masks().save("deep")
+    assert run("render", "deep", "--width", "single", "--collapse") == 1
+    assert "48 stages and" in (said := capsys.readouterr().err)
+    assert re.search(r"pass --collapse 24, choose fewer sites, pass a larger --width, or", said)
+    assert run("render", "deep", "--width", "single", "--collapse", "24") == 0
+    assert Path("flow.svg").exists()
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(nadhooks.NadhooksError):
         run("inspect", "nothing", "--debug")

@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 import torch
 
-from ..collapsing import collapse
+from ..collapsing import SITES, collapse
 from ..errors import TaskError
 from ..flow import flow_graph
 from ..formats import PICTURES, TEXT, WIDTHS, hub
@@ -32,7 +32,8 @@ def add_commands(command: Command) -> None:
     sub = command("render", _render, "draw the information-flow graph of a mask file")
     _choosing(sub)
     sub.add_argument("--width", choices=list(WIDTHS), default="double", help="of a paper's column (default: double)")
-    sub.add_argument("--collapse", action="store_true", help="sites whose names begin alike as one, for large networks")
+    help = f"sites whose names begin alike as one, for large networks: at most N (default: {SITES})"
+    sub.add_argument("--collapse", nargs="?", type=AT_LEAST_1, const=SITES, metavar="N", help=help)
     sub.add_argument(
         "-o", "--out", type=Path, default=Path("flow.svg"), help=f"{', '.join(PICTURES + TEXT)} (default: %(default)s)"
     )
@@ -109,7 +110,7 @@ def _render(options: argparse.Namespace) -> None:
     if whole:
         render(load(options.masks), options.out, width=options.width)  # a page holds every task alone, too
     else:
-        graph = collapse(_flow(options)) if options.collapse else _flow(options)
+        graph = collapse(_flow(options), options.collapse) if options.collapse else _flow(options)
         render(graph, options.out, width=options.width)
     say(f"written to {options.out}")
 

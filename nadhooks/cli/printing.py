@@ -19,7 +19,9 @@ from rich.table import Table
 
 from ..masks import Masks
 
-OPTIONS = "axis|cache|checkpoint|closed|fidelity|keep|memory|method|sites|start|tasks|weights"  # named alike in Python
+OPTIONS = (
+    "axis|cache|checkpoint|closed|fidelity|keep|memory|method|sites|start|tasks|weights|width"  # named alike in Python
+)
 Update = Callable[..., None]  # (done, total, figures to show beside)
 
 AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may have brackets and colons
@@ -84,6 +86,7 @@ def few(names: Iterable[str], shown: int = 2) -> str:
 def as_options(text: str) -> str:
     """An error's arguments, such as axis=2, as the options of the command line."""
     text = re.sub(r"pass example=.*", "give the size by --image-size", text)  # other examples are for programs
+    text = re.sub(r"draw nadhooks\.collapse\(graph, (\d+)\)", r"pass --collapse \1", text)
     text = re.sub(rf"(?<![\w,.])({OPTIONS})=(?=[\w\"'])", r"--\1 ", text)
     return re.sub(rf"(?<![\w,.])({OPTIONS})=", r"--\1", text)
 
