@@ -167,7 +167,7 @@ def overlap_curve(masks: Masks) -> list[Overlap]:
     for stage, nodes in enumerate(nx.topological_generations(masks.wiring)):
         names = tuple(name for name in masks.wiring if name in known and name in nodes)
         if names:
-            pairs = [_pairs(masks[name] > 0.5) for name in names]
+            pairs = [pairs_overlap(masks[name] > 0.5) for name in names]
             found.append(Overlap(stage, names, *(sum(parts) / len(names) for parts in zip(*pairs, strict=True))))
     return found
 
@@ -189,7 +189,7 @@ def _width(data: dict[str, Any]) -> float:
     return float(data["kept"] if "kept" in data else data["attribution"])
 
 
-def _pairs(kept: Tensor) -> Iterator[float]:
+def pairs_overlap(kept: Tensor) -> Iterator[float]:
     """The mean Jaccard similarity of pairs of (tasks, units) rows, and that of independent ones of their sizes."""
     kept = kept.double()
     sizes = kept.sum(1)

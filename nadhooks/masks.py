@@ -156,10 +156,18 @@ class Masks:
     def agreement(self, other: Masks) -> dict[str, Tensor]:
         """{site: (tasks,) |A∩B| / |A∪B|} with other masks, task by task (1 where neither keeps a unit of the site).
 
-        For the sites that both have, and the tasks of `self`, all of which the other must have.
+        For the sites that both have, and the tasks of `self`, all of which the other must have. Raises TaskError where
+        it has not: two tasks of one model are compared by `analysis.overlap_curve`.
         """
         check_masks(other)
-        other, shared = other.select(self.labels), {site.name: site.units for site in other.sites}
+        try:
+            other = other.select(self.labels)
+        except TaskError as error:
+            raise TaskError(
+                f"agreement compares masks task by task: {error}; two tasks of the same masks are compared by "
+                "nadhooks.analysis.overlap_curve(masks.select([one, other]))"
+            ) from error
+        shared = {site.name: site.units for site in other.sites}
         found = {}
         for site in self.sites:
             if shared.get(site.name) == site.units:

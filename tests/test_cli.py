@@ -637,6 +637,19 @@ def test_diff_counts_what_two_files_share(capsys: pytest.CaptureFixture[str]) ->
     assert "… 1 more tasks, which the mean includes (--rows 3)" in shown
 
 
+def test_diff_shows_where_two_tasks_of_a_file_part(capsys: pytest.CaptureFixture[str]) -> None:
+    THREE.save("a")
+    assert run("diff", "a", "--task", "0", "1") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"site +units +kept by .* +by .* +by both +Jaccard +by chance", shown)
+    assert re.search(r"a +4 +2 +2 +1 +0\.333 +0\.333\n", shown)  # {0,1} and {0,2}: by chance they share 2 · 2 / 4
+    assert re.search(r"b@input +2 +1 +0 +0 +0\.000 +0\.000\n", shown)  # {0} and {}
+    assert re.search(r"sum, mean +6 +3 +2 +1 +0\.167 +0\.167\n", shown)
+    for arguments in (["a"], ["a", "a", "--task", "0", "1"], ["a", "a", "a"]):
+        assert run("diff", *arguments) == 1
+        assert "expected two mask files, or one and --task with two of its tasks, got" in capsys.readouterr().err
+
+
 def checkpoints(folder: Path, sizes: list[int]) -> None:
     """As the authors' findpath.py leaves them."""
     generator = torch.Generator().manual_seed(0)

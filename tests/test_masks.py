@@ -191,6 +191,11 @@ def test_agreement_is_jaccard_site_by_site_and_task_by_task() -> None:
     assert found["b@input"].tolist() == [0, 1, 0]
 
 
+def test_agreement_of_two_tasks_says_how_these_are_compared() -> None:
+    with pytest.raises(TaskError, match=r"task by task: unknown task 0: .*overlap_curve\(masks.select\(\["):
+        THREE.select(0).agreement(THREE.select(1))
+
+
 def test_autocast_has_no_say_in_similarity() -> None:
     one = Masks((Site("a", 1, 3001, "a"),), {"a": torch.ones(2, 3001)}, Tasks.of(2), nx.DiGraph([("input", "a")]))
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,11 +10,13 @@ from typing import Any
 import networkx as nx
 import torch
 
+from ..analysis import pairs_overlap
 from ..collapsing import SITES, collapse
 from ..errors import TaskError
 from ..flow import flow_graph
 from ..formats import PICTURES, TEXT, WIDTHS, hub
 from ..formats.data import DATA_WRITERS
+from ..formats.words import called
 from ..masks import Masks, load, merge
 from ..rendering import render
 from .models import Command, check_writable
@@ -54,8 +56,10 @@ def add_commands(command: Command) -> None:
     sub.add_argument("masks", nargs="+", help="mask files")
     sub.add_argument("-o", "--out", type=Path, required=True, help="mask file to write")
 
-    sub = command("diff", _diff, "compare two mask files: tasks, origin, and which units they keep")
-    sub.add_argument("masks", nargs=2, help="mask file")
+    text = "compare two mask files (tasks, origin, which units they keep), or two tasks of one file site by site"
+    sub = command("diff", _diff, text)
+    sub.add_argument("masks", nargs="+", help="two mask files, or one with --task")
+    sub.add_argument("--task", nargs=2, metavar="TASK", help="names or labels of two tasks of the one file")
     sub.add_argument(
         "--rows", type=AT_LEAST_1, default=TASKS_SHOWN, metavar="N", help="tasks to show (default: %(default)s)"
     )
@@ -189,6 +193,33 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
+    if len(options.masks) != (1 if options.task else 2):
+        raise TaskError(f"expected two mask files, or one and --task with two of its tasks, got {len(options.masks)}")
+    if options.task:
+        _diff_tasks(options)
+    else:
+        _diff_files(options)
+
+
+def _diff_tasks(options: argparse.Namespace) -> None:
+    """Where two tasks of a file part."""
+    masks = load(options.masks[0])
+    both = masks.select([task_of(masks, task) for task in options.task])
+    say(f"{options.masks[0]}: {both!r}")
+    first, second = map(called, both.tasks)
+    shown = table("site", "units >", f"kept by {first} >", f"by {second} >", "by both >", "Jaccard >", "by chance >")
+    found = []
+    for site in both.sites:
+        kept = both.kept_units(site.name)  # (2, units)
+        found.append([site.units, *kept.sum(1).tolist(), int(kept.all(0).sum()), *pairs_overlap(kept)])
+        shown.add_row(site.name, *(f"{number:,}" for number in found[-1][:4]), *(f"{x:.3f}" for x in found[-1][4:]))
+    sums = [sum(column) for column in zip(*found, strict=True)]
+    means = (f"{total / len(found):.3f}" for total in sums[4:])
+    shown.add_row("sum, mean", *(f"{number:,}" for number in sums[:4]), *means, style="bold")
+    out.print(shown)
+
+
+def _diff_files(options: argparse.Namespace) -> None:
     a, b = (load(path) for path in options.masks)
     shared = [label for label in a.labels if label in set(b.labels)]
     for masks, other, path in ((a, b, options.masks[0]), (b, a, options.masks[1])):
