@@ -248,9 +248,12 @@ def test_inspect_graph_and_render(mask_file: Path, tmp_path: Path, capsys: pytes
     assert Path("three.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_tasks_are_combined_for_people_and_programs(mask_file: Path) -> None:
+def test_several_tasks_are_combined_for_people_and_programs(
+    mask_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, masks = str(mask_file), nadhooks.load(mask_file)
     assert run("graph", path, "--task", "3", "5", "--combine", "difference", "--joins", "-o", "g.graphml") == 0
+    assert "task 3 without 5: " in capsys.readouterr().out
     apart = ["--task", "3", "--combine", "difference", "--joins", "--task", "5", "-o", "apart.graphml"]
     assert run("graph", path, *apart) == 0
     assert Path("apart.graphml").read_bytes() == Path("g.graphml").read_bytes()

@@ -16,7 +16,7 @@ from ..errors import TaskError
 from ..flow import flow_graph
 from ..formats import PICTURES, TEXT, WIDTHS, hub
 from ..formats.data import DATA_WRITERS
-from ..formats.words import called
+from ..formats.words import called, headline
 from ..masks import Masks, load, merge
 from ..rendering import render
 from .models import Command, check_writable
@@ -103,6 +103,7 @@ def _graph(options: argparse.Namespace) -> None:
     for name, data in graph.nodes(data=True):
         figures = [f"{data['units']:,}", f"{data['kept']:,}", f"{data['share']:.0%}"] if data["units"] else [""] * 3
         shown.add_row(name, str(data["stage"]), *figures, few(graph.successors(name)))
+    say(headline(graph))
     out.print(shown)
     if options.out:
         render(graph, options.out)
