@@ -17,6 +17,7 @@ from nadhooks import analysis
 from nadhooks.errors import RenderError, TaskError
 from nadhooks.formats import mask_file
 from nadhooks.formats.dot import to_dot
+from nadhooks.formats.scene import BOTH, FAINT, TASKS
 from nadhooks.masks import Masks
 
 from .strangers import encoded, header_and_tensors
@@ -162,6 +163,13 @@ def test_wide_sites_share_squares() -> None:
     assert "some of a square's units kept" in text
     assert text.count("BGCOLOR") <= 256 + 3
     assert "some of a square" not in to_dot(nadhooks.flow_graph(THREE, 0))
+
+
+def test_two_classes_have_a_colour_each_in_dot_too() -> None:
+    text = to_dot(nadhooks.flow_graph(THREE, ["t0", "t1"]))  # a: {0,1} and {0,2}; b: {0} and {}
+    assert [text.count(f'BGCOLOR="{colour}"') for colour in (*TASKS, BOTH, FAINT)] == [1 + 2, 1 + 1, 1 + 1, 1 + 2]
+    assert all(f">{words}</FONT>" in text for words in ("t0 only", "t1 only", "both", "kept by neither"))
+    assert ">dropped</FONT>" in to_dot(nadhooks.flow_graph(THREE, ["t0", "t1"], combine="difference"))
 
 
 def test_the_font_is_one_whose_letters_graphviz_can_measure() -> None:

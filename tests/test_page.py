@@ -96,6 +96,21 @@ def test_classes_are_switched_and_combined(tmp_path: Path) -> None:
 
 
 @needs_browser
+def test_two_classes_have_a_colour_each_from_the_beginning(tmp_path: Path) -> None:
+    kept = {"cat": {"a": [0, 1, 2]}, "dog": {"a": [2, 3]}}
+    graph = site_graph({"a": 8}, kept, [("input", "a"), ("a", "output")])
+    script = """
+    found.headline = text("headline");
+    found.legend = text("legend");
+    found.colours = drawn.get("a").paths.map((each) => (each.getAttribute("d").match(/M/g) || []).length);
+    """
+    found = act(to_html(graph), script, tmp_path)
+    assert found["headline"].startswith("cat over dog: 4 of 8 units kept")
+    assert "cat only" in found["legend"]
+    assert found["colours"][:4] == [4, 2, 1, 1]  # none, cat only, dog only, both
+
+
+@needs_browser
 def test_units_are_hovered_clicked_and_named_and_names_come_back(tmp_path: Path) -> None:
     script = """
     at("layer1.0:2", "pointermove");

@@ -8,7 +8,8 @@ from typing import Any
 import graphviz
 import networkx as nx
 
-from .scene import BLUE, NEGATIVE, POSITIVE, mixed
+from .scene import BLUE, NEGATIVE, POSITIVE, blended, mixed, text_width
+from .site_scene import colours_of, palette
 from .words import headline, subtitle
 
 SQUARE = 8  # points
@@ -39,7 +40,7 @@ def to_dot(graph: nx.DiGraph) -> str:
     )  # fmt: skip
     for name, data in graph.nodes(data=True):
         if data["kind"] == "site":
-            dot.node(nodes[name], f"<{_site(name, data, cells)}>", tooltip=_tooltip(name, data))
+            dot.node(nodes[name], f"<{_site(graph, name, cells)}>", tooltip=_tooltip(name, data))
         elif data["kind"] == "join":
             dot.node(nodes[name], SIGNS.get(data["join"], data["join"]), shape="circle", margin="0.02", tooltip=name)
         else:
@@ -76,13 +77,21 @@ def _units(graph: nx.DiGraph, nodes: dict[str, str]) -> str:
 
 
 def _title(graph: nx.DiGraph, cells: int) -> str:
-    if len(graph.graph.get("tasks", [])) == 1:
-        legend = [_key(KEPT), _text("kept"), _key(DROPPED), _text("dropped")]
+    shades = palette(graph)
+    if len(shades) == 4:  # two tasks, a colour for each
+        legend = [
+            cell for colour, words in shades[1:] + shades[:1] for cell in (_key(colour), _text(words, named=True))
+        ]
+        if any(data["units"] > cells for _, data in graph.nodes(data=True)):
+            mean = blended([colour for colour, _ in shades])
+            legend += [_key(mean), _text("of several kinds: their colours mixed")]
+    elif len(shades) == 2:
+        legend = [_key(KEPT), _text(shades[1][1]), _key(DROPPED), _text(shades[0][1])]
         if any(data["units"] > cells for _, data in graph.nodes(data=True)):
             legend += [_key(_shade(0.5)), _text("some of a square's units kept")]
     else:
-        shades = [_key(_shade(step / 5)) for step in range(1, 6)]
-        legend = [_key(DROPPED), _text("kept by no task"), _text("by one"), *shades, _text("by all")]
+        steps = [_key(_shade(step / 5)) for step in range(1, 6)]
+        legend = [_key(DROPPED), _text("kept by no task"), _text("by one"), *steps, _text("by all")]
     head = f'<TD ALIGN="LEFT">{_escaped(headline(graph))}</TD>'
     width = 2 + sum(width + 2 for width, _ in legend)
     # sizes are fixed: Graphviz would stretch the legend to the width of the title
@@ -95,11 +104,15 @@ def _title(graph: nx.DiGraph, cells: int) -> str:
     )
 
 
-def _site(name: str, data: dict[str, Any], cells: int) -> str:
-    use: list[float] = data["use"]
+def _site(graph: nx.DiGraph, name: str, cells: int) -> str:
+    data, colours = graph.nodes[name], [colour for colour, _ in palette(graph)]
+    use = colours_of(graph, name)
     each = math.ceil(len(use) / cells)  # units that share a square
     parts = [use[start : start + each] for start in range(0, len(use), each)]
-    shades = [_shade(sum(part) / len(part)) for part in parts]
+    if len(colours) == 4:  # two tasks
+        shades = [blended([colours[round(value)] for value in part]) for part in parts]
+    else:
+        shades = [_shade(sum(part) / len(part)) for part in parts]
     rows = "".join(
         f"<TR>{''.join(map(_square, shades[start : start + COLUMNS]))}</TR>" for start in range(0, len(shades), COLUMNS)
     )
@@ -123,9 +136,9 @@ def _key(colour: str) -> tuple[int, str]:
     return 12, f'<TD WIDTH="12" HEIGHT="12" FIXEDSIZE="TRUE" BGCOLOR="{colour}"></TD>'
 
 
-def _text(text: str) -> tuple[int, str]:
-    width = 10 + 5 * len(text)
-    font = f'<FONT POINT-SIZE="10" COLOR="{GREY}">{text}</FONT>'
+def _text(text: str, named: bool = False) -> tuple[int, str]:
+    width = 10 + (math.ceil(text_width(text, 10)) if named else 5 * len(text))  # a name may be all capitals
+    font = f'<FONT POINT-SIZE="10" COLOR="{GREY}">{_escaped(text)}</FONT>'
     return width, f'<TD WIDTH="{width}" HEIGHT="14" FIXEDSIZE="TRUE">{font}</TD>'
 
 

@@ -70,7 +70,8 @@ const MODES = {
   intersection: ["and (intersection)", (a, b) => a & b],
   difference: ["without", (a, b) => (a && !b ? 1 : 0)],
 };
-const state = { mode: switchable && tasks.length === 1 ? "one" : "all", first: 0, second: Math.min(1, tasks.length - 1), threshold: 0, chosen: [] };
+const opening = { 1: "one", 2: "over" }; // by the number of classes: two have a colour each, as in the pictures
+const state = { mode: (switchable && opening[tasks.length]) || "all", first: 0, second: Math.min(1, tasks.length - 1), threshold: 0, chosen: [] };
 
 // of each unit of a site, its place in the palette, and how many are kept
 function categories(site) {
