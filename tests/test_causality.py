@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 import nadhooks
 from nadhooks.errors import NadhooksError, SiteError
-from nadhooks.evaluation import Agreement
+from nadhooks.evaluation import Agreement, Removal, Verification
 
 from .nets import Line, Split, images, seeded, vectors
 from .test_units import EVERYTHING, Planted, X, masks_of
@@ -42,6 +43,22 @@ def test_a_planted_graph_is_true_in_every_respect() -> None:
     assert found.removal.units == 2
     # without a:2 and b:1, its strongest: logit 0 is 2 a0 + 2 a1, and 12 below it b2 − a1 counts for nothing
     assert found.removal.logit_without_strongest == pytest.approx(2 * 2.5 + 2 * 3)
+
+
+def test_what_was_verified_is_told_in_a_few_lines() -> None:
+    removal = Removal(12, 0.96875, 1 / 3, 0.5921, 9.0, 1.0, 2.0)
+    agreement, none = Agreement.of([1.0, 2, 3, 4], [1.0, 4, 9, 16]), Agreement.of([], [])
+    found = Verification(agreement, agreement, agreement, none, {"a": (1.0, 2.0), "b": (2.0, 3.0)}, removal)
+    assert repr(found) == str(found)
+    assert str(found).splitlines()[1:] == [
+        "  edges    1.000 / 0.984 (4)",
+        "  paths    1.000 / 0.984 (4)",
+        "  units    1.000 / 0.984 (4)",
+        "  regions  none / none (0)",
+        "  sites    1.000 / 1.000 (2)",
+        "  removal  recall 0.969; without the 12 units that add most 0.333, without as many random ones 0.592",
+    ]
+    assert "sites    none" in str(dataclasses.replace(found, sites={}))
 
 
 def test_a_graph_that_is_not_true_is_found_out() -> None:

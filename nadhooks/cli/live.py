@@ -142,11 +142,7 @@ def _units(options: argparse.Namespace) -> None:
             figures = agreement.spearman, agreement.pearson
             lines.add_row(words, *("none" if math.isnan(figure) else f"{figure:.3f}" for figure in figures))
         out.print(lines)
-        gone = found.removal
-        say(
-            f"recall {gone.recall:.3f}; without the {gone.units} units that add most "
-            f"{gone.recall_without_strongest:.3f}, without as many random ones {gone.recall_without_random:.3f}"
-        )
+        say(str(found.removal))
     say(f"written to {options.out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,9 @@ class Agreement:
     pearson: float
     spearman: float
 
+    def __str__(self) -> str:
+        return f"{_told(self.spearman)} / {_told(self.pearson)} ({len(self.said):,})"
+
     @classmethod
     def of(cls, said: Sequence[float], measured: Sequence[float]) -> Agreement:
         a, b = (torch.tensor(values, dtype=torch.float64) for values in (said, measured))
@@ -57,8 +61,14 @@ class Removal:
     logit_without_strongest: float
     logit_without_random: float
 
+    def __str__(self) -> str:
+        return (
+            f"recall {self.recall:.3f}; without the {self.units} units that add most "
+            f"{self.recall_without_strongest:.3f}, without as many random ones {self.recall_without_random:.3f}"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Verification:
     """How far a unit-level graph says what happens.
 
@@ -75,6 +85,16 @@ class Verification:
     regions: Agreement
     sites: Mapping[str, tuple[float, float]]
     removal: Removal
+
+    def __repr__(self) -> str:
+        """A few lines, for people: every figure is in the fields."""
+        sites = Agreement.of(*(tuple(zip(*self.sites.values(), strict=True)) or ((), ())))
+        rows = {"edges": self.edges, "paths": self.paths, "units": self.units, "regions": self.regions, "sites": sites}
+        return "\n".join((
+            "Verification: what the graph says beside what was measured, rank correlation / Pearson (of how many)",
+            *(f"  {name:<8} {agreement}" for name, agreement in rows.items()),
+            f"  removal  {self.removal}",
+        ))  # fmt: skip
 
 
 @made_on_cpu
@@ -276,6 +296,10 @@ def _answers(found: Setting, shut: Shut) -> tuple[float, float]:
         right += int(outputs.argmax(1).eq(found.label).sum())
         total += float(outputs[:, found.label].sum())
     return right / found.images, total / found.images
+
+
+def _told(correlation: float) -> str:
+    return "none" if math.isnan(correlation) else f"{correlation:.3f}"
 
 
 def _ranks(values: Tensor) -> Tensor:
