@@ -301,12 +301,19 @@ def _as_given(trace: Trace, sites: Sequence[Site]) -> tuple[Site, ...]:
         call = trace.call(site.module)
         if call is None:
             what = "never fires" if site.module in modules else "does not exist"
-            raise SiteError(f"{site.name}: the module {what} in this {type(trace.model).__name__}")
+            renamed = "" if site.module in modules else ", or give them this model's names with masks.renamed"
+            raise SiteError(
+                f"{site.name}: the module {what} in this {type(trace.model).__name__}; "
+                f"take the model that the sites are of{renamed}"
+            )
         leaves = {leaf.index: leaf for leaf in (call.inputs if site.side == "input" else call.outputs)}
         leaf = leaves.get(site.leaf or 0)
         if leaf is None or site.axis >= len(leaf.shape) or leaf.shape[site.axis] != site.units * site.block:
             got = leaf.shape if leaf else "no such tensor"
-            raise SiteError(f"{site.name}: expected {site.units * site.block} positions on axis {site.axis}, got {got}")
+            raise SiteError(
+                f"{site.name}: expected {site.units * site.block} positions on axis {site.axis}, got {got}; "
+                "take the model that the sites are of"
+            )
         views = samples_on_axis_0(trace, call, leaf) == "views"
         found.append(replace(site, within=call.within, views=views))
     return tuple(found)

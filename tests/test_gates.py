@@ -283,8 +283,12 @@ def test_masks_of_other_sites_are_refused_by_name() -> None:
         pytest.raises(SiteError, match=r"act: expected act \(7 units on axis 1\), found no"),
     ):
         other.load(masks)
-    with pytest.raises(SiteError, match="act: expected 7 positions on axis 1, got"):
+    with pytest.raises(SiteError, match=r"act: expected 7 positions on axis 1, got .*; take the model"):
         nadhooks.attach(Mlp(hidden=9).double(), masks.sites, example=x)
+    inside = nn.Sequential(seeded(Mlp))
+    with pytest.raises(SiteError, match=r"does not exist in this Sequential; take .* with masks\.renamed$"):
+        nadhooks.attach(inside, masks.sites, example=x)
+    nadhooks.attach(inside, masks.renamed(lambda name: f"0.{name}").sites, example=x).detach()
 
 
 def test_detach_restores_the_model_and_may_be_repeated() -> None:
