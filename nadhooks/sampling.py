@@ -82,13 +82,16 @@ class Data:
         wrong = [label for label in tasks.labels if known is not None and label not in known]
         if wrong and self.meaning is not None:
             raise TaskError(f"task {wrong[0]!r}: outputs= does not say which of the model's outputs mean it")
+        strings = [label for label in tasks.labels if not isinstance(label, int)]
+        if strings:
+            raise TaskError(
+                f"task {strings[0]!r}: expected the whole number that the loader's labels say it with; "
+                f"to name it pass {{number: name}}, as in tasks={{3: {strings[0]!r}}}"
+            )
         if wrong:
             raise TaskError(
                 f"task {wrong[0]!r} is not an output of the model, which has 0 to {(self.outputs or 0) - 1}"
             )
-        strings = [label for label in tasks.labels if not isinstance(label, int)]
-        if strings:
-            raise TaskError(f"task {strings[0]!r}: expected the whole number that the loader's labels say it with")
         return tasks
 
     def classes(self, label: Label) -> Tensor:

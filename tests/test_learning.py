@@ -402,6 +402,8 @@ def test_bad_data_is_named(method: str) -> None:
         learn([(x[y != 1], y[y != 1])], tasks={0: "hat", 1: "shoe"})
     with pytest.raises(TaskError, match=r"task 9 is not an output of the model, which has 0 to 2"):
         learn(data, tasks=[9])
+    with pytest.raises(TaskError, match=r"task 'hat': expected the whole number .* as in tasks=\{3: 'hat'\}"):
+        learn(data, tasks=["hat", "shoe"])
     with pytest.raises(LearningError, match=r"the loss is nan at step 1"):
         learn(list(nan_loader()))
     with pytest.raises(SiteError, match="no module name matches"):
