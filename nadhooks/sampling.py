@@ -130,10 +130,13 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
         if labels.dim() == 2 and len(labels) == samples and bool(((labels == 0) | (labels == 1)).all()):
             labels = labels.bool()
         elif labels.dim() != 1 or len(labels) != samples or labels.is_floating_point():
-            several = "; a list has an entry for each sample, a tuple one for each argument of the model"
+            hint = "; a list has an entry for each sample, a tuple one for each argument of the model"
+            hint = hint if isinstance(batch[0], list) else ""
+            if labels.dim() == 2 and len(labels) == samples and labels.is_floating_point():
+                hint = "; these are mixed or soft labels, as of MixUp, CutMix or label smoothing: pass a loader without"
             raise TaskError(
                 f"expected {samples} whole-number labels, one per sample (or {samples} rows of 0 and 1), "
-                f"got shape {tuple(labels.shape)} of {labels.dtype}{several if isinstance(batch[0], list) else ''}"
+                f"got shape {tuple(labels.shape)} of {labels.dtype}{hint}"
             )
         else:
             labels = labels.long()

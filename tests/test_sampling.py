@@ -277,6 +277,7 @@ def test_groups_of_outputs_become_booleans() -> None:
         (torch.tensor([0.5, 1, 2, 0]), "expected 4 whole-number labels"),
         (torch.tensor([0, 1]), "expected 4 whole-number labels"),
         (torch.tensor([[0, 2, 1]] * 4), "rows of 0 and 1"),
+        (torch.tensor([[0.7, 0.3, 0]] * 4), "mixed or soft labels, as of MixUp, .* pass a loader without"),
         (torch.tensor([[0, 1, 1]] * 3), "rows of 0 and 1"),
         (torch.zeros(4, 1, 1), "expected 4 whole-number labels"),
         (["a", "b", "c", "d"], "expected whole-number labels"),
