@@ -298,6 +298,9 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
     assert "what input Sequential takes; give the size by --image-size" in capsys.readouterr().err
     assert run("sites", "net.py:build", "--image-size", "8") == 0
     assert "AdaptiveAvgPool2d" not in capsys.readouterr().out
+    Path("sized.py").write_text(OWN + "transform = lambda image: to_tensor(image.convert('L').resize((8, 8)))")
+    assert run("sites", "sized.py:build") == 0
+    assert "2 sites, 14 units" in capsys.readouterr().out
     assert run("learn", "net.py:build", "--data", "digits", "--image-size", "8") == 1
     assert "follows from `transform` in net.py; leave out --image-size" in capsys.readouterr().err
 

@@ -96,7 +96,7 @@ def computing(sub: argparse.ArgumentParser) -> None:
 def _sites(options: argparse.Namespace) -> None:
     with err.status("making the model and looking where gates would go"):
         model = made_model(options, runs=False)
-        gates = attach(model, chosen_sites(options), axis=options.axis)
+        gates = attach(model, chosen_sites(options), axis=options.axis, example=example_of(model, options))
     with gates:
         shown = table("site", "class", "axis >", "units >", "parameters >", "fed by")
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -124,7 +124,8 @@ def _convert(options: argparse.Namespace) -> None:
     classes = authors.read(options.folder, options.epoch)
     with err.status("making the model"):
         model = made_model(options, runs=False)
-    with attach(model, chosen_sites(options), axis=options.axis) as gates:
+    example = example_of(model, options)
+    with attach(model, chosen_sites(options), axis=options.axis, example=example) as gates:
         values = authors.by_site(classes, [(site.name, site.units) for site in gates.sites])
         known = {index: name for name, index in reversed(zoo.class_index_of(model).items())}
         named: dict[Label, str] = {label: known.get(label, str(label)) for label in classes}
@@ -167,6 +168,21 @@ def transform_of(model: nn.Module, options: argparse.Namespace) -> Callable[...,
         source = options.model.partition(":")[0]
         raise ModelError(f"the size of the images follows from `transform` in {source}; leave out --image-size")
     return zoo.transform_for(model, options.model)
+
+
+def example_of(model: nn.Module, options: argparse.Namespace) -> torch.Tensor | None:
+    """A sample for a dry run without data, by a file's own `transform` if that makes all images one size; else None."""
+    transform = zoo.own_transform(options.model)
+    if transform is None or hasattr(model, "pretrained_cfg"):  # which says the size, also that of --image-size
+        return None
+    from PIL import Image
+
+    try:
+        one, other = (transform(Image.new("RGB", size)) for size in ((300, 200), (400, 500)))
+    except Exception:  # it is the user's program, and may want other images than these
+        return None
+    alike = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape
+    return one[None].to(device_of(options.device)) if alike else None
 
 
 def device_of(name: str) -> torch.device:
