@@ -246,6 +246,16 @@ def test_nothing_leaves_the_sheet_and_labels_do_not_touch() -> None:
                 assert all(a[1] <= b[0] + 0.01 for a, b in itertools.pairwise(line)), line
 
 
+def test_words_of_a_legend_fold_in_narrow_pictures() -> None:
+    assert "flow: share of the source's units kept, 100% and 50%" in words(scene(chain(2), "single"))
+    for graph in (chain(2), unit_graph(2), nadhooks.collapse(unit_graph(2))):
+        said = words(scene(graph, 150))
+        assert not any("…" in each for each in said), said
+        texts = [shape for shape in scene(graph, 150).shapes if isinstance(shape, Text) and not shape.turned]
+        assert len({(shape.x, shape.y) for shape in texts}) == len(texts)
+        assert all(shape.x + text_width(shape.text, shape.size) <= 150 for shape in texts if shape.align == "start")
+
+
 @pytest.mark.parametrize("number", range(9, 15))
 @pytest.mark.parametrize("make", [lambda number: chain(number, 6), lambda number: unit_graph(number, 192)])
 def test_figures_of_neighbours_stand_further_apart_than_their_own_parts(

@@ -38,14 +38,18 @@ def headers(labels: Labels, middle: Callable[[str], float], pitch: float, y: flo
 
 
 def legend(items: Iterable[Item], width: float, y: float) -> tuple[list[Shape], float]:
-    """Items side by side, in as many lines as they need."""
+    """Items side by side, in as many lines as they need; words that are wider than a line fold."""
     shapes: list[Shape] = []
     x = MARGIN
     for before, text, sign in items:
-        wide = before + text_width(text, SMALL)
+        lines = paragraph(text, SMALL, width - 2 * MARGIN - before) or [""]
+        wide = before + max(text_width(each, SMALL) for each in lines)
         if x + wide > width - MARGIN and x > MARGIN:
             x, y = MARGIN, y + 11
-        shapes += [*sign(x, y), Text(x + before, y, text, SMALL, GREY)]
+        shapes += sign(x, y)
+        for number, each in enumerate(lines):
+            y += 8 if number else 0
+            shapes.append(Text(x + before, y, each, SMALL, GREY))
         x += wide + 9
     return shapes, y + 3
 

@@ -262,7 +262,7 @@ class SitePainter:
         colour, _ = JOINS["sequential"]
         return (
             21.0,
-            fitting(f"{said}, 100% and 50%", self.width, 21),
+            f"{said}, 100% and 50%",
             lambda x, y: [
                 Stroke(line((x, y - 2.2), (x + 8, y - 2.2)), band, colour, 0.6),
                 Stroke(line((x + 10, y - 2.2), (x + 18, y - 2.2)), 0.5 * band, colour, 0.6),

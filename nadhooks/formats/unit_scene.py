@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 
 from ..errors import RenderError
-from .frame import SMALL, Item, fitting, headers, legend, remark, swatch, title
+from .frame import SMALL, Item, headers, legend, remark, swatch, title
 from .labels import APART, Labels, label
 from .scene import (
     FAINT,
@@ -280,9 +280,9 @@ class Strips:
         facts = self.graph.graph
         known = [f"{key} {facts[key]}" for key in ("weighting", "reference", "estimator") if key in facts]
         known += [f"{facts['images']} images"] if "images" in facts else []
-        yield remark(fitting("above: shown / kept / all units, share of |attribution| shown", self.width))
+        yield remark("above: shown / kept / all units, share of |attribution| shown")
         if known:
-            yield remark(fitting(", ".join(known), self.width))
+            yield remark(", ".join(known))
 
 
 def _outline(box: Box) -> tuple[Point, ...]:
