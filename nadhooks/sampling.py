@@ -239,9 +239,9 @@ def own_batches(data: Data, tasks: Tasks, method: Method) -> Iterator[Batch]:
             for row, label in enumerate(tasks.labels):
                 mine = has(labels, label).nonzero()[:, 0]
                 shown[row] += len(mine)
-                if len(mine):
-                    own, own_targets = pick(inputs, mine), pick(targets, mine)
-                    waiting[row] += zip(singles(own, len(mine)), singles(own_targets, len(mine)), strict=True)
+                if len(mine):  # without a name for them: they would lie beside the batch that is made of them
+                    own = (singles(pick(part, mine), len(mine)) for part in (inputs, targets))
+                    waiting[row] += zip(*own, strict=True)
             affordable = data.memory // max(1, nbytes(pick(inputs, torch.tensor([0]))))
             while True:
                 ready = [row for row, samples in enumerate(waiting) if len(samples) >= method.batch]
