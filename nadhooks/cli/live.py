@@ -16,6 +16,7 @@ from .. import zoo
 from ..data import load_images
 from ..errors import DataError, MaskFileError, ModelError
 from ..evaluation import MEASURES, quality, recognition, verify
+from ..evaluation.causality import told
 from ..formats import PICTURES, TEXT, WIDTHS
 from ..gates import attach
 from ..identity import weights_of
@@ -139,8 +140,7 @@ def _units(options: argparse.Namespace) -> None:
             ("the logit, when only the target sees that", found.paths),
             ("the logit, when a unit is closed", found.units),
         ):
-            figures = agreement.spearman, agreement.pearson
-            lines.add_row(words, *("none" if math.isnan(figure) else f"{figure:.3f}" for figure in figures))
+            lines.add_row(words, told(agreement.spearman), told(agreement.pearson))
         out.print(lines)
         say(str(found.removal))
     say(f"written to {options.out}")

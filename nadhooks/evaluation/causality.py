@@ -38,7 +38,7 @@ class Agreement:
     spearman: float
 
     def __str__(self) -> str:
-        return f"{_told(self.spearman)} / {_told(self.pearson)} ({len(self.said):,})"
+        return f"{told(self.spearman)} / {told(self.pearson)} ({len(self.said):,})"
 
     @classmethod
     def of(cls, said: Sequence[float], measured: Sequence[float]) -> Agreement:
@@ -298,7 +298,8 @@ def _answers(found: Setting, shut: Shut) -> tuple[float, float]:
     return right / found.images, total / found.images
 
 
-def _told(correlation: float) -> str:
+def told(correlation: float) -> str:
+    """For people: "none" where there was nothing to compare."""
     return "none" if math.isnan(correlation) else f"{correlation:.3f}"
 
 

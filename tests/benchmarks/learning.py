@@ -8,9 +8,9 @@
 
 (`python tests/benchmarks/learning.py` is the same.)
 
-Two networks on Fashion-MNIST, a ResNet of nine sites and a VGG of six, are trained once (8 minutes) and kept in the
-cache directory. One thread; seconds are processor time, runs to be compared alternate. Nothing is chosen on held-out
-images: every method runs with its defaults. Parts:
+Two networks on Fashion-MNIST, a ResNet of nine sites and a VGG of six, are trained once (8 minutes, half an hour where
+the processor is slow) and kept in the cache directory. One thread; seconds are processor time, runs to be compared
+alternate. Nothing is chosen on held-out images: every method runs with its defaults. Parts:
 
 - `nad`: against the reference (tests/benchmarks/reference.py) from the same first logits, on the same batches;
 - `class-only`, `contrastive`: worth on held-out images of all classes, and time, beside the reference's;
