@@ -17,7 +17,7 @@ PACE = {"contrastive": 3.72, "class-only": 1.0}  # 82 steps for a share of 0.55 
 TURNS = {"contrastive": 6, "class-only": 3}  # steps in which each site is compared with the open network's once
 # by what closed units put out: the share closed from which on activations weigh as much as `activation` says, and how
 # many times as much at most where less is
-EMPHASIS = {"optimal": (0.45, 6.0), "mean": (0.64, 40.0), "zero": (0.64, 6.0)}
+EMPHASIS = {"optimal": (0.39, 400.0), "mean": (0.5, 400.0), "zero": (0.57, 4.5)}
 FEW = 0.25  # the share kept below which the order of samples counts
 TINY = 1e-12  # a square; logits that hardly differ differ by rounding
 
@@ -49,15 +49,15 @@ def contrastive(
     −log p(class), mean over positives, plus `contrast` × the KL divergence of "this class or another" from the full
     network, mean over uniformly drawn negatives, both of logits brought to the spread of the full network's, plus
     `activation` × the mean over sites of the relative squared change of the activations, on positives and on negatives;
-    a sixth of the sites in each step, by turns. Where less than 0.45 of the units is closed, activations weigh more, up
-    to six times as much. In a part of the steps, `shallow`, no gradient leads back to the first quarter of the sites;
-    in the others theirs is larger instead (see `Method`). Where less than a quarter is kept, by few = 0.25 / share − 1,
-    negatives count 1 + few / 5 times as much, and `order` × few × log(1 + exp(−difference of log-odds)) is added, mean
-    over pairs of a positive and a negative.
+    a sixth of the sites in each step, by turns. Where less than 0.39 of the units is closed, activations weigh more:
+    (0.39 / share closed)³ times as much. In a part of the steps, `shallow`, no gradient leads back to the first quarter
+    of the sites; in the others theirs is larger instead (see `Method`). Where less than a quarter is kept, by
+    few = 0.25 / share − 1, negatives count 1 + few / 5 times as much, and
+    `order` × few × log(1 + exp(−difference of log-odds)) is added, mean over pairs of a positive and a negative.
 
     With `closed` "zero" or "mean", which leave nothing else to be learnt, scores have all the steps, of which there are
-    more (`Method.paced`), and activations weigh more where less than 0.64 is closed, with the mean up to 40 times as
-    much.
+    more (`Method.paced`), and activations weigh more where less than 0.5 is closed, with zero less than 0.57, and
+    4.5 times as much at most.
 
     floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
         and no gradient either, so that it stayed closed.
@@ -186,7 +186,7 @@ def _emphasis(samples: Samples) -> Tensor | float:
     if samples.keep is None:
         return 1.0
     closed, most = EMPHASIS[samples.closed]
-    return (closed / (1 - samples.keep).clamp(min=TINY)).square().clamp(1, most)
+    return (closed / (1 - samples.keep).clamp(min=TINY)).pow(3).clamp(1, most)
 
 
 def _misordered(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, output: Output) -> Tensor:
