@@ -468,9 +468,10 @@ def weighed(
 
 @pytest.mark.parametrize(
     ("keep", "times", "closed"),
-    [([0.61, 0.3], [1, 1], "optimal"), ([0.8, 0.1], [1.95**3, 1], "optimal"), ([0.9, 1.0], [3.9**3, 400], "optimal"),
-     ([0.5, 0.2], [1, 1], "mean"), ([0.6, 0.9], [1.25**3, 125], "mean"), ([1.0, 0.55], [400, (10 / 9) ** 3], "mean"),
-     ([0.43, 0.2], [1, 1], "zero"), ([0.6, 0.9], [1.425**3, 4.5], "zero")],
+    [([0.55, 0.3], [1, 1], "optimal"), ([0.7, 0.1], [1.3**3, 1], "optimal"), ([0.9, 1.0], [3.9**3, 400], "optimal"),
+     ([0.8, 0.61], [1.95**3, 1], "optimal"), ([0.36, 0.2], [1, 1], "mean"), ([0.6, 0.9], [1.25**3, 125], "mean"),
+     ([1.0, 0.55], [400, (10 / 9) ** 3], "mean"), ([0.36, 0.2], [1, 1], "zero"),
+     ([0.6, 0.9], [1.425**3, 4.5], "zero"), ([0.5, 0.43], [1, 1], "mean"), ([0.43, 1.0], [1, 4.5], "zero")],
 )  # fmt: skip
 def test_activations_weigh_more_where_less_is_closed(keep: list[float], times: list[float], closed: Closed) -> None:
     shares = torch.tensor(keep, dtype=torch.float64)

@@ -50,14 +50,14 @@ def contrastive(
     network, mean over uniformly drawn negatives, both of logits brought to the spread of the full network's, plus
     `activation` × the mean over sites of the relative squared change of the activations, on positives and on negatives;
     a sixth of the sites in each step, by turns. Where less than 0.39 of the units is closed, activations weigh more:
-    (0.39 / share closed)³ times as much. In a part of the steps, `shallow`, no gradient leads back to the first quarter
-    of the sites; in the others theirs is larger instead (see `Method`). Where less than a quarter is kept, by
-    few = 0.25 / share − 1, negatives count 1 + few / 5 times as much, and
+    (0.39 / share closed)³ times as much, 400 times at most. In a part of the steps, `shallow`, no gradient leads back
+    to the first quarter of the sites; in the others theirs is larger instead (see `Method`). Where less than a quarter
+    is kept, by few = 0.25 / share − 1, negatives count 1 + few / 5 times as much, and
     `order` × few × log(1 + exp(−difference of log-odds)) is added, mean over pairs of a positive and a negative.
 
     With `closed` "zero" or "mean", which leave nothing else to be learnt, scores have all the steps, of which there are
-    more (`Method.paced`), and activations weigh more where less than 0.5 is closed, with zero less than 0.57, and
-    4.5 times as much at most.
+    more (`Method.paced`), and activations weigh more, by a like cube, where less than 0.5 is closed to the mean, or
+    less than 0.57 to zero, 4.5 times at most for zero.
 
     floor: what every site keeps at least, as a part of `keep`; a site that closed altogether would let nothing through,
         and no gradient either, so that it stayed closed.
