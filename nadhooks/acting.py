@@ -1,52 +1,180 @@
-"""What gates do while the model runs: the hooks of `Gates`. Classes at module level: they pickle and deep-copy."""
+"""What gates do while the model runs: what is in force, and the hooks. Classes at module level: they pickle and
+deep-copy."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import SiteError, TaskError
-from .gating import gate, laid_out_as, with_closed
+from .errors import NadhooksError, SiteError, TaskError
+from .gating import Clip, Closed, gate, laid_out_as, with_closed
 from .ownership import held_by_nobody_else
 from .sites import Site
 from .tracing import samples_in
 
-if TYPE_CHECKING:
-    from .gates import Gates
+# what was handed over or chosen: rows of tasks, gates instead of these, what closed units put out
+State = tuple[Tensor | None, Mapping[str, Tensor] | None, Mapping[str, Tensor]]
+
+
+class Held(Protocol):
+    """What `Gates` hold, whatever is in force."""
+
+    sites: tuple[Site, ...]
+    logits: dict[str, nn.Parameter]
+    closed: Closed
+    constants: dict[str, Tensor]
+
+
+class _Ready(NamedTuple):
+    """What gates are in force during one forward pass."""
+
+    rows: Tensor  # of the `with` that they belong to
+    gates: dict[str, Tensor | None]
+
+
+class InForce:
+    """What is in force at the moment; in a copy nothing is, for no `with` would ever put it back.
+
+    rows: (batch or 1,) of the tasks whose gates act. values: gates that were handed over instead, and closed: what
+    their closed units put out, if that was handed over too. shut: {site: (units,) bool}. watch: is shown every site's
+    tensor.
+    """
+
+    def __init__(self, held: Held):
+        self.held = held
+        self._open_all()
+
+    def _open_all(self) -> None:
+        self.rows: Tensor | None = None
+        self.values: Mapping[str, Tensor] | None = None
+        self.closed: Mapping[str, Tensor] = {}
+        self.shut: dict[str, Tensor] = {}
+        self.watch: Callable[[Site, Tensor], None] | None = None
+        self.ready: _Ready | None = None  # during a forward pass without gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"held": self.held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_all()
+
+    def acts(self, site: Site) -> bool:
+        """Whether anything may change or see a site's tensor."""
+        return not (self.rows is self.values is self.watch is None) or site.name in self.shut
+
+    def exchange(self, state: State) -> State:
+        """Puts this in force, and gives what was before."""
+        before = self.rows, self.values, self.closed
+        self.rows, self.values, self.closed = state
+        return before
+
+    @contextmanager
+    def everything_open(self) -> Iterator[None]:
+        before, shut = self.exchange((None, None, {})), self.shut
+        self.shut = {}
+        try:
+            yield
+        finally:
+            self.shut = shut
+            self.exchange(before)
+
+    @contextmanager
+    def closing(self, site: Site, units: Tensor) -> Iterator[None]:
+        """Shuts these (units,) of a site besides those that are shut."""
+        before = self.shut.get(site.name)
+        self.shut[site.name] = units if before is None else units | before
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.shut[site.name]
+            else:
+                self.shut[site.name] = before
+
+    @contextmanager
+    def watching(self, see: Callable[[Site, Tensor], None]) -> Iterator[None]:
+        before, self.watch = self.watch, see
+        try:
+            yield
+        finally:
+            self.watch = before
+
+    def gates_at(self, site: Site) -> Tensor | None:
+        """(batch or 1, units); None where all are open."""
+        ready = self.ready
+        if ready is not None and not torch.is_grad_enabled() and ready.rows is self.rows is not None:
+            return ready.gates[site.name]
+        if self.values is not None:
+            g = self.values.get(site.name)
+        elif self.rows is not None:
+            logits = self.held.logits[site.name]
+            rows = logits[self.rows.to(logits.device)]
+            g = cast(Tensor, Clip.apply(rows)) if torch.is_grad_enabled() else rows.clamp(0, 1)
+        else:
+            return None
+        return None if g is None or _known_open(g) else g
+
+    def closed_at(self, site: Site) -> Tensor | None:
+        """What closed units put out, (units,) or (batch or 1, units); None for zero."""
+        held = self.held
+        if site.name in self.closed:
+            return self.closed[site.name]
+        if held.closed == "zero":
+            return None
+        if not held.constants:
+            raise NadhooksError('closed="mean" needs the units\' means: call gates.calibrate(loader) first')
+        constants = held.constants[site.name]
+        if held.closed == "mean" or len(constants) == 1:
+            return constants
+        if self.rows is None:
+            raise NadhooksError(
+                'closed="optimal": closed units put out something else for each task; close them inside '
+                "`with gates(task)`, or hand over what they put out with gates.apply(values, closed)"
+            )
+        return constants[self.rows.to(constants.device)]
+
+    def make_ready(self) -> None:
+        """All sites' gates at once: one at a time, between layers that have emptied the caches, takes many times as
+        long."""
+        self.ready = None
+        if self.rows is not None:
+            self.ready = _Ready(self.rows, {site.name: self.gates_at(site) for site in self.held.sites})
 
 
 class SiteGate:
     """What happens at one site in each forward pass."""
 
-    def __init__(self, gates: Gates, site: Site):
-        self.gates, self.site = gates, site
+    def __init__(self, now: InForce, site: Site):
+        self.now, self.site = now, site
         # where those who hold the tensor can be counted: it comes straight from its module
         self.counted = site.side == "output" and site.leaf is site.within is None
 
     def active(self) -> bool:
-        gates = self.gates
-        return not (gates._rows is gates._values is gates._watch is None) or self.site.name in gates._shut
+        return self.now.acts(self.site)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         references = 0 if torch.compiler.is_compiling() else sys.getrefcount(x)
-        gates, site = self.gates, self.site
-        g, shut = gates._in_force(site), gates._shut.get(site.name)
+        now, site = self.now, self.site
+        g, shut = now.gates_at(site), now.shut.get(site.name)
         changed: Tensor | None = None
         if g is not None or shut is not None:
             self._check(x)
-            closed, changed = gates._closed_values(site), x
+            closed, changed = now.closed_at(site), x
             if g is not None:
-                mine = self.counted and gates._values is None and closed is None
+                mine = self.counted and now.values is None and closed is None
                 changed = gate(x, g, site, closed, overwrite=mine and held_by_nobody_else(x, references))
             if shut is not None:
                 changed = with_closed(changed, shut, site, closed)
             if not torch.compiler.is_compiling():
                 changed = laid_out_as(x, changed)
-        if gates._watch is not None:
-            gates._watch(site, x if changed is None else changed)
+        if now.watch is not None:
+            now.watch(site, x if changed is None else changed)
         return changed
 
     def _check(self, x: Tensor) -> None:
@@ -72,16 +200,13 @@ def forget_compiled() -> None:
 
 
 class Passing:
-    """Around each forward pass of the model: checks its samples, and makes the gates of all sites ready at once.
+    """Around each forward pass of the model: checks its samples, and makes the gates of all sites ready."""
 
-    One site at a time, between layers that have emptied the caches, that takes many times as long.
-    """
-
-    def __init__(self, gates: Gates):
-        self.gates = gates
+    def __init__(self, now: InForce):
+        self.now = now
 
     def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        gates, rows = self.gates, self.gates._rows
+        rows = self.now.rows
         samples = 1 if rows is None else samples_in(args or kwargs)
         if rows is not None and len(rows) not in (1, samples):
             raise TaskError(
@@ -91,14 +216,14 @@ class Passing:
         if torch.compiler.is_compiling():
             _compiled["gates"] = True
         elif not torch.is_grad_enabled():
-            gates._make_ready()
+            self.now.make_ready()
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.gates._ready = None
+            self.now.ready = None
 
 
-def known_open(g: Tensor) -> bool:
+def _known_open(g: Tensor) -> bool:
     """All gates are open, and nobody needs their gradient: the tensor can be left as it is.
 
     Asked on the CPU only, where it costs next to nothing; elsewhere it would wait for the device.

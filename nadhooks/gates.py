@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 import networkx as nx
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import zoo
 from ._version import __version__
-from .acting import Passing, SiteGate, forget_compiled, known_open
+from .acting import InForce, Passing, SiteGate, State, forget_compiled
 from .as_found import undisturbed
 from .batching import copied, moved
 from .default_device import made_on_cpu
@@ -57,13 +57,6 @@ def attach(
     return Gates(model, sites, Tasks.of(tasks), closed, zoo.example_for(model) if example is None else example, axis)
 
 
-class _Ready(NamedTuple):
-    """What gates are in force during one forward pass."""
-
-    rows: Tensor  # of the `with` that they belong to
-    gates: dict[str, Tensor | None]
-
-
 class Gates:
     """Gates on a model: the logits, and the hooks that apply them. Made by `attach`.
 
@@ -100,36 +93,18 @@ class Gates:
         self._by_name = {site.name: site for site in self.sites}
         self._tensors = {site.name: _dtype_and_device(seen, site) for site in self.sites}
         self._set_tasks(tasks)
-        self._open_all()
+        self._now = InForce(self)
         self._handles: list[Handle] = []
         with ExitStack() as undo:
             for site in self.sites:
-                site_gate = SiteGate(self, site)
+                site_gate = SiteGate(self._now, site)
                 self._handles.append(on_site(model, site, site_gate, site_gate.active))
                 undo.callback(self._handles[-1].remove)
             forget_compiled()
-            passing = Passing(self)
+            passing = Passing(self._now)
             entering = model.register_forward_pre_hook(passing.enter, with_kwargs=True)
             self._handles.append(Handle(entering, model.register_forward_hook(passing.leave, always_call=True)))
             undo.pop_all()
-
-    def _open_all(self) -> None:
-        """Nothing is in force."""
-        self._rows: Tensor | None = None  # (batch or 1,) rows of the tasks in force
-        self._values: Mapping[str, Tensor] | None = None  # gates that were handed over instead
-        self._closed: Mapping[str, Tensor] = {}  # with what their closed units put out, if that was handed over too
-        self._shut: dict[str, Tensor] = {}  # site -> (units,) bool
-        self._watch: Callable[[Site, Tensor], None] | None = None
-        self._ready: _Ready | None = None  # during a forward pass without gradients
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, whose gates are open: no `with` that the copy was made in would ever put them back."""
-        self.__dict__.update(state)
-        self._open_all()
-
-    def __getstate__(self) -> dict[str, Any]:
-        in_force = ("_rows", "_values", "_closed", "_shut", "_watch", "_ready")
-        return {name: value for name, value in vars(self).items() if name not in in_force}
 
     def _without_dead_ends(self, found: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites on a way from the input to the output; the wiring and `skipped` follow."""
@@ -208,16 +183,9 @@ class Gates:
         units: an index, several indices, or a (units,) boolean tensor.
         """
         self.attached()
-        shut = chosen_units(units, self._site(site))
-        before = self._shut.get(site)
-        self._shut[site] = shut if before is None else shut | before
-        try:
+        chosen = self._site(site)
+        with self._now.closing(chosen, chosen_units(units, chosen)):
             yield
-        finally:
-            if before is None:
-                del self._shut[site]
-            else:
-                self._shut[site] = before
 
     @contextmanager
     def watch(self, see: Callable[[Site, Tensor], None]) -> Iterator[None]:
@@ -226,11 +194,8 @@ class Gates:
         Clone what is to be kept: an in-place layer that follows would overwrite it.
         """
         self.attached()
-        before, self._watch = self._watch, see
-        try:
+        with self._now.watching(see):
             yield
-        finally:
-            self._watch = before
 
     @made_on_cpu
     def calibrate(self, batches: Iterable[Any]) -> None:
@@ -321,7 +286,7 @@ class Gates:
                 "attach with sites=masks.sites, load the masks of this model, give sites other names with "
                 f"masks.renamed{remedy}",
             )
-        if len(masks.tasks) != len(self.task_rows) and not (self._rows is self._values is None):
+        if len(masks.tasks) != len(self.task_rows) and not (self._now.rows is self._now.values is None):
             raise TaskError(
                 f"expected masks of the {len(self.task_rows)} tasks that are in force, got {len(masks.tasks)} tasks; "
                 "load them outside of `with gates(...)`"
@@ -371,35 +336,12 @@ class Gates:
             dtype, device = self._tensors[site.name]
             self.logits[site.name] = nn.Parameter(torch.ones(len(tasks), site.units, dtype=dtype, device=device))
 
-    def _in_force(self, site: Site) -> Tensor | None:
-        """The gates in force at a site, (batch or 1, units); None where all are open."""
-        ready = self._ready
-        if ready is not None and not torch.is_grad_enabled() and ready.rows is self._rows is not None:
-            return ready.gates[site.name]
-        if self._values is not None:
-            g = self._values.get(site.name)
-        elif self._rows is not None:
-            logits = self.logits[site.name]
-            rows = logits[self._rows.to(logits.device)]
-            g = cast(Tensor, Clip.apply(rows)) if torch.is_grad_enabled() else rows.clamp(0, 1)
-        else:
-            return None
-        return None if g is None or known_open(g) else g
-
-    def _make_ready(self) -> None:
-        self._ready = None
-        if self._rows is not None:
-            self._ready = _Ready(self._rows, {site.name: self._in_force(site) for site in self.sites})
-
     @contextmanager
     def everything_open(self) -> Iterator[None]:
         """Every gate open inside, whatever is in force outside."""
-        shut, self._shut = self._shut, {}
-        try:
-            with _Activation(self):
-                yield
-        finally:
-            self._shut = shut
+        self.attached()
+        with self._now.everything_open():
+            yield
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -410,24 +352,6 @@ class Gates:
             yield
         finally:
             self.logits, self.task_rows, self.closed, self.constants = before
-
-    def _closed_values(self, site: Site) -> Tensor | None:
-        """What closed units put out, (units,) or (batch or 1, units); None for zero."""
-        if site.name in self._closed:
-            return self._closed[site.name]
-        if self.closed == "zero":
-            return None
-        if not self.constants:
-            raise NadhooksError('closed="mean" needs the units\' means: call gates.calibrate(loader) first')
-        constants = self.constants[site.name]
-        if self.closed == "mean" or len(constants) == 1:
-            return constants
-        if self._rows is None:
-            raise NadhooksError(
-                'closed="optimal": closed units put out something else for each task; close them inside '
-                "`with gates(task)`, or hand over what they put out with gates.apply(values, closed)"
-            )
-        return constants[self._rows.to(constants.device)]
 
     def _site(self, name: str) -> Site:
         if name not in self._by_name:
@@ -453,16 +377,14 @@ class _Activation:
     ):
         gates.attached()
         self._gates, self._state = gates, (rows, values, closed or {})
-        self._before: list[tuple[Tensor | None, Mapping[str, Tensor] | None, Mapping[str, Tensor]]] = []
+        self._before: list[State] = []
 
     def __enter__(self) -> Gates:
-        gates = self._gates
-        self._before.append((gates._rows, gates._values, gates._closed))
-        gates._rows, gates._values, gates._closed = self._state
-        return gates
+        self._before.append(self._gates._now.exchange(self._state))
+        return self._gates
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._gates._rows, self._gates._values, self._gates._closed = self._before.pop()
+        self._gates._now.exchange(self._before.pop())
 
 
 def check_closed(closed: str, kinds: Sequence[str] = get_args(Closed)) -> None:

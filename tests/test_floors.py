@@ -66,7 +66,6 @@ FLOORS = [
 
 LATE = {
     ("masks", "sharing"),  # a method for what stands above, imported when it is called
-    ("acting", "gates"),  # as a type only
 }
 
 

@@ -198,7 +198,7 @@ def test_closes_combine_with_each_other_and_with_tasks() -> None:
             once = model(x)
         with gates.close("act", [0, 1, 2]):
             assert torch.equal(model(x), once)
-        assert gates._shut == {}
+        assert gates._now.shut == {}
 
 
 def test_the_innermost_gates_count_and_the_outer_ones_come_back() -> None:
@@ -605,7 +605,7 @@ def test_means_are_measured_open_inside_a_close_too() -> None:
     with nadhooks.attach(model, "act", example=x) as gates:
         with gates.close("act", range(7)):
             gates.calibrate([x])
-            assert gates._shut
+            assert gates._now.shut
         torch.testing.assert_close(gates.constants["act"], model.act(model.fc1(x)).mean(0).detach())
 
 
@@ -624,7 +624,7 @@ def test_attach_works_in_inference_mode() -> None:
 )
 def test_units_of_any_whole_number_kind_are_closed(units: Any) -> None:
     with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates, gates.close("act", units):
-        assert gates._shut["act"].nonzero().flatten().tolist() == [3]
+        assert gates._now.shut["act"].nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("units", [None, 1.5, "abc", 10**30, [[1, 2], [3]], [True], torch.tensor([0.5])])
@@ -632,7 +632,7 @@ def test_other_units_are_refused(units: Any) -> None:
     with nadhooks.attach(seeded(Mlp), "act", example=vectors()) as gates:
         with pytest.raises(SiteError, match="expected units from 0 to 6, or 7 booleans"), gates.close("act", units):
             pass
-        assert gates._shut == {}
+        assert gates._now.shut == {}
 
 
 @pytest.mark.parametrize("label", [1, np.int64(1), torch.tensor(1), np.array(1), "1"])
