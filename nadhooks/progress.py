@@ -91,38 +91,60 @@ def csv_log(path: str | PathLike[str]) -> Report:
     except OSError as error:
         raise LearningError(f"cannot write the log {path}: {error.strerror}") from error
 
-    def report(progress: Progress) -> None:
-        nonlocal logged  # samples until the last row: they grow with every step, whatever the method calls a step
-        if progress.resumed and progress.samples <= logged:
-            return
-        logged = progress.samples
+    def write(progress: Progress) -> None:
         with file.open("a", newline="", encoding="utf-8") as opened:
             rows = csv.writer(opened, lineterminator="\n")
             for name, value in progress.numbers().items():
                 rows.writerow([progress.done, name, value if isinstance(value, int) else f"{value:.6g}"])
 
-    return report
+    return _once(write, logged)
 
 
 def tensorboard_log(writer: Any) -> Report:
     """`learn(..., progress=tensorboard_log("runs/first"))` writes every number to TensorBoard.
 
-    writer: a folder, or a `torch.utils.tensorboard.SummaryWriter` of yours. Raises LearningError without the package
-    tensorboard.
+    writer: a folder, or a `torch.utils.tensorboard.SummaryWriter` of yours. Steps that a run does again after it was
+    stopped stand in a folder once. Raises LearningError without the package tensorboard.
     """
+    logged = 0.0
     if isinstance(writer, (str, PathLike)):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise LearningError("logging to TensorBoard needs its package: pip install tensorboard") from error
         try:
-            writer = SummaryWriter(str(writer))
+            writer, folder = SummaryWriter(str(writer)), writer
         except OSError as error:
             raise LearningError(f"cannot write the log {writer}: {error.strerror}") from error
+        logged = _samples_in(folder)
 
-    def report(progress: Progress) -> None:
+    def write(progress: Progress) -> None:
         for name, value in progress.numbers().items():
             writer.add_scalar(name.replace(" ", "/", 1), value, progress.done)
         writer.flush()
+
+    return _once(write, logged)
+
+
+def _samples_in(folder: str | PathLike[str]) -> float:
+    """Samples until the last step that TensorBoard finds in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 1})  # of each measure the last alone
+    found.Reload()
+    return found.Scalars("samples")[-1].value if "samples" in found.Tags()["scalars"] else 0.0
+
+
+def _once(write: Report, logged: float) -> Report:
+    """Writes the steps that were not before.
+
+    logged: samples until the last step that was: they grow with every step, whatever the method calls a step.
+    """
+
+    def report(progress: Progress) -> None:
+        nonlocal logged
+        if not (progress.resumed and progress.samples <= logged):
+            logged = progress.samples
+            write(progress)
 
     return report

@@ -5,7 +5,6 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -302,8 +301,7 @@ def test_a_table_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
 
 
 class Writer:
-    def __init__(self, folder: str = "") -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.scalars: list[tuple[str, float, int]] = []
         self.flushed = 0
 
@@ -333,28 +331,36 @@ def test_numbers_go_to_tensorboard() -> None:
         assert len(told) == len(report.numbers())
 
 
-def test_a_folder_is_enough_for_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made: list[Writer] = []
-
-    class Module(ModuleType):
-        @staticmethod
-        def SummaryWriter(folder: str) -> Writer:
-            made.append(Writer(folder))
-            return made[-1]
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Module("torch.utils.tensorboard"))
-    tensorboard_log(tmp_path)(Progress(3, 4, 0.25))
-    assert made[0].folder == str(tmp_path)
-    assert ("loss", 0.25, 3) in made[0].scalars
-
-
-def test_tensorboard_itself_reads_what_was_written(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    tensorboard_log(tmp_path)(Progress(3, 4, 0.25))
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard reads in a folder."""
     events: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    found = events.EventAccumulator(str(tmp_path))
+    found = events.EventAccumulator(str(folder))
     found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(3, 0.25)]
+    return [(event.step, event.value) for event in found.Scalars(name)]
+
+
+def test_a_folder_is_enough_for_tensorboard(tmp_path: Path) -> None:
+    tensorboard_log(tmp_path / "run")(Progress(3, 4, 0.25))
+    assert scalars(tmp_path / "run", "loss") == [(3, 0.25)]
+
+
+def test_steps_that_are_done_again_are_in_tensorboard_once(tmp_path: Path) -> None:
+    first = tensorboard_log(tmp_path)
+    for step in range(1, 6):
+        first(Progress(step, 9, step / 8, 12 * step))
+    again = tensorboard_log(tmp_path)
+    for step in range(3, 10):
+        again(Progress(step, 9, step / 8, 12 * step, resumed=True))
+    assert scalars(tmp_path, "loss") == [(step, step / 8) for step in range(1, 10)]
+    anew = tensorboard_log(tmp_path)
+    anew(Progress(1, 9, 0.5, 12))
+    assert scalars(tmp_path, "loss")[-1] == (1, 0.5)
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LearningError, match=r"cannot write the log .*file"):
+        tensorboard_log(tmp_path / "file")
 
 
 def test_without_tensorboard_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
