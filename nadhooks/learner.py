@@ -336,14 +336,14 @@ class Learner:
             moving = replace(moving, step=index, keep=keep, closed=self.closed)
             rows, shallow = moving.rows, method.shallow_at(index)
             handed = [self.lead_back(by_sample(x, rows), shallow) for x in (table, self.constants(leaves[1]))]
-            with self.gates.apply(*handed), self.teacher.forward.fused:
+            with self.gates.apply(*handed):
                 terms = self.terms(batch, moving, table, handed[0], learns=not shallow)
                 shown = rows.unique()  # a penalty must not move tasks that the batch does not show
                 if len(shown) < len(labels):
                     terms = {name: term[shown] for name, term in terms.items()}
                 losses = torch.stack(list(terms.values())).sum(0)
-                # inside `with`: activation checkpointing runs the forward pass again in here
-                gradients = gradients_of(losses, [whole(part) for part in leaves if part])
+                with self.teacher.forward.way_back():
+                    gradients = gradients_of(losses, [whole(part) for part in leaves if part])
             self.check(losses, gradients, index)
             with torch.no_grad():
                 for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):

@@ -81,12 +81,13 @@ def _slopes(forward: Forward, inputs: Any, samples: int) -> dict[str, tuple[Tens
             x.register_hook(lambda gradient: found[site.name].append((units(value), units(gradient))))
 
     gates = {name: torch.ones_like(x[:1]).requires_grad_() for name, x in forward.gates.logits.items()}
-    with forward.gates.apply(gates), forward.fused:
+    with forward.gates.apply(gates):
         outputs = forward(inputs, samples, see).outputs
         shown = [x for x in leaves_of(outputs) if isinstance(x, Tensor) and x.requires_grad]
         if not (shown and all(passed)):  # learning will say what to do about it
             return {}
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(x.shape, generator=generator).to(x) for x in shown]
-        torch.autograd.grad(shown, [*gates.values()], weights, allow_unused=True)
+        with forward.way_back():
+            torch.autograd.grad(shown, [*gates.values()], weights, allow_unused=True)
     return {name: tuple(torch.cat(side, 2) for side in zip(*parts, strict=True)) for name, parts in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -31,8 +31,8 @@ class Forward:
     torch.bfloat16. overwritten: sites whose tensor a later layer overwrites in place, so that it has to be copied.
     channels_last: images go in that way; convolutions are faster then. by_sample: what `read` gives are tensors with
     a row for each sample that does not depend on the others, as it does where a model pads a list of images to the
-    largest. fused: in force while the model runs, and to be in force on the way back. shortcut: past what
-    no gate changes, for inputs of the form that it was tried on.
+    largest. fused: in force while the model runs. shortcut: past what no gate changes, for inputs of the form that it
+    was tried on. passed: what the last pass knew there, until the way back.
     """
 
     gates: Gates
@@ -45,6 +45,7 @@ class Forward:
     fused: Fused = field(default_factory=lambda: Fused({}))
     shortcut: Shortcut | None = None
     form: Any = None
+    passed: Tensor | None = None
 
     def __call__(
         self,
@@ -55,6 +56,9 @@ class Forward:
     ) -> Pass:
         """see: is shown the sites' tensors besides, as they pass. known: what leaves the open network's sites."""
         given = inputs
+        short = self._known(inputs, known)
+        if torch.is_grad_enabled():
+            self.passed = short
         while True:
             inputs = copied(given, torch.channels_last if self.channels_last else torch.preserve_format)
             seen: dict[str, Tensor] = {}
@@ -68,17 +72,28 @@ class Forward:
                 seen[site.name] = by_unit(kept, site, samples)  # noqa: B023
 
             enabled = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-            with self.gates.watch(watch), enabled, self.fused, self._shortened(inputs, known):
+            with self.gates.watch(watch), enabled, self.fused, self._shortened(short):
                 outputs = self.read(call_model(self.gates.attached(), inputs))
             changed = {name for name, (x, version) in left.items() if x._version != version}
             if not changed:
                 return Pass(_full_precision(outputs), seen)
             self.overwritten |= changed  # found once for each network
 
-    def _shortened(self, inputs: Any, known: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+    def _known(self, inputs: Any, known: Mapping[str, Tensor] | None) -> Tensor | None:
+        """What the shortcut may put in place of the first site, if it may be taken."""
         if self.shortcut is None or known is None or forms(inputs) != self.form:
-            return nullcontext()
-        return self.shortcut.taken(known[self.shortcut.site.name])
+            return None
+        return known[self.shortcut.site.name]
+
+    def _shortened(self, known: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if self.shortcut is None or known is None else self.shortcut.taken(known)
+
+    @contextmanager
+    def way_back(self) -> Iterator[None]:
+        """To be in force while gradients are taken: activation checkpointing runs parts of the last pass again."""
+        known, self.passed = self.passed, None
+        with self.fused, self._shortened(known):
+            yield
 
     def settle(self, sample: Any) -> None:
         """Tries what the model takes, on one sample: some flatten images with `view`, which wants the slower order."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import nadhooks
 from nadhooks.gating import by_unit, from_units
@@ -74,6 +75,16 @@ class Reads(Stem):
 class ReadsMean(Reads):
     def behind(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
         return z + cast(Keeps, self.first).kept.mean()
+
+
+class Checkpointed(Stem):
+    """Two layers run again on the way back, in place of what they would have kept."""
+
+    def between(self, y: Tensor) -> Tensor:
+        return cast(Tensor, checkpoint(self.second, y.relu(), use_reentrant=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.between(self.first(x))).relu().mean((2, 3)))
 
 
 class Again(Stem):
@@ -242,3 +253,12 @@ def test_images_of_another_size_go_the_whole_way() -> None:
         with Convolutions(model) as ran:
             forward(narrow, 5, known=forward(narrow, 5).sites)
         assert ran.seen == {"first", "second.0", "third"}
+
+
+@pytest.mark.parametrize("method", ["contrastive", "class-only", "nad"])
+def test_checkpointed_layers_take_it_on_the_way_back_too(method: str) -> None:
+    def learn(model: nn.Module) -> nadhooks.Masks:
+        return nadhooks.learn(model, labelled(model, images(40)), ["second", "third"], method=method)
+
+    expected, found = learn(built()), learn(built(Checkpointed))
+    assert all(torch.equal(found[site.name], expected[site.name]) for site in expected.sites)
