@@ -206,17 +206,24 @@ class Passing:
         self.now = now
 
     def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        rows = self.now.rows
-        samples = 1 if rows is None else samples_in(args or kwargs)
+        now, rows = self.now, self.now.rows
+        samples = 1 if rows is now.values is None else samples_in(args or kwargs)
         if rows is not None and len(rows) not in (1, samples):
             raise TaskError(
                 f"expected one label for each of the {samples} samples, got {len(rows)}; "
                 "or pass one task for the whole batch"
             )
+        for handed in (now.values or {}, now.closed):
+            for site, each in handed.items():
+                if len(each) not in (1, samples):
+                    raise TaskError(
+                        f"{site}: expected a row for each of the {samples} samples, or one for all, got {len(each)}; "
+                        "of a (tasks, units) table take each sample's row, as in table[labels]"
+                    )
         if torch.compiler.is_compiling():
             _compiled["gates"] = True
         elif not torch.is_grad_enabled():
-            self.now.make_ready()
+            now.make_ready()
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():

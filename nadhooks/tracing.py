@@ -195,8 +195,9 @@ def doubled(example: Any) -> Any:
 
 def samples_in(example: Any) -> int:
     """How many samples forward arguments hold, by the first of them: the length of a list, or of a tensor's axis 0."""
-    if isinstance(example, (tuple, list)) and example and isinstance(example[0], list):
-        return len(example[0])
+    arguments = list(example.values()) if isinstance(example, dict) else example
+    if isinstance(arguments, (tuple, list)) and arguments and isinstance(arguments[0], list):
+        return len(arguments[0])
     for leaf in pytree.tree_leaves(example):  # not `next`, which torch 2.4 does not compile
         if isinstance(leaf, Tensor) and leaf.dim():
             return len(leaf)

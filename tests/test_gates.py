@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -431,17 +431,6 @@ def test_batches_without_samples_pass() -> None:
             assert model(x).shape == (0, 3)
 
 
-def test_closed_values_are_one_for_each_sample() -> None:
-    model, x = seeded(Mlp), vectors(4)
-    shut, three = {"act": torch.zeros(7)}, {"act": torch.zeros(3, 7)}
-    with (
-        nadhooks.attach(model, "act", example=x) as gates,
-        gates.apply(shut, three),
-        pytest.raises(TaskError, match="expected 3 samples on axis 0"),
-    ):
-        model(x)
-
-
 def test_constants_are_not_had_by_attaching() -> None:
     with pytest.raises(NadhooksError, match=r"'zero' or 'mean', got 'optimal', which is learnt: by nadhooks\.learn"):
         nadhooks.attach(seeded(Mlp), "act", closed="optimal", example=vectors())
@@ -598,6 +587,35 @@ def test_fewer_labels_than_samples_are_refused_even_where_they_divide() -> None:
         pytest.raises(TaskError, match="expected one label for each of the 6 samples, got 3"),
     ):
         model(x)
+
+
+def test_a_table_of_tasks_is_not_taken_for_gates_of_samples() -> None:
+    model, x = seeded(Mlp), vectors(6)
+    table = {"act": torch.ones(3, 7, dtype=torch.float64)}
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    with nadhooks.attach(model, "act", tasks=3, example=x) as gates:
+        for handed in ([table], [{}, table]):
+            with (
+                gates.apply(*handed),
+                pytest.raises(TaskError, match=r"act: expected a row for each of the 6 samples.* got 3"),
+            ):
+                model(x)
+        with gates.apply({"act": table["act"][labels]}):
+            model(x)
+
+
+def test_samples_of_a_list_among_keyword_arguments_are_counted() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = seeded(Mlp)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return cast(Tensor, self.inner(torch.stack(images)))
+
+    model, x = Images(), list(vectors(6))
+    with nadhooks.attach(model, "inner.act", tasks=3, example={"images": x}) as gates, gates([0, 1, 2] * 2):
+        torch.testing.assert_close(model(images=x), model(x))
 
 
 def test_means_are_measured_open_inside_a_close_too() -> None:
