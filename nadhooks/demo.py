@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from . import zoo
 from .data import cache_dir, load_images
 from .flow import flow_graph
+from .formats.drawing import settings
 from .formats.writing import write_bytes
 from .masks import Masks
 from .rendering import render
@@ -101,10 +102,9 @@ def write_results(folder: Path, masks: Masks) -> list[Path]:
 
 def similarity_picture(similarity: Tensor, names: Sequence[str]) -> bytes:
     """(tasks, tasks) similarities as an SVG heat map with numbers."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "nadhooks", "svg.fonttype": "none"}):  # the same matrix gives the same bytes
+    with settings(**{"svg.hashsalt": "nadhooks", "svg.fonttype": "none"}):  # the same matrix gives the same bytes
         figure = Figure(figsize=(0.45 * len(names), 0.45 * len(names)))
         axes = figure.add_axes((0, 0, 1, 1))  # names and title lie outside, and the picture grows to hold them
         others = similarity[~torch.eye(len(names), dtype=torch.bool)] if len(names) > 1 else similarity

@@ -728,3 +728,9 @@ def test_units_draws_one_classs_flow_and_proves_it(measured_file: Path, capsys: 
     assert "no is not a directory" in capsys.readouterr().err
     assert run("units", str(measured_file), "--task", "7", *options) == 1
     assert "unknown task 7" in capsys.readouterr().err
+
+
+def test_it_works_where_nothing_can_be_printed(measured_file: Path) -> None:
+    shell = f"{sys.executable} -m nadhooks render {measured_file} --task 3 -o flow.svg >&- 2>&-"
+    assert subprocess.run(shell, shell=True).returncode == 0
+    assert Path("flow.svg").exists()

@@ -15,12 +15,15 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import networkx as nx
 import pytest
+import torch
 
 import nadhooks
+from nadhooks.demo import similarity_picture
 from nadhooks.errors import RenderError
 from nadhooks.formats import WRITERS, scene
 from nadhooks.formats.html import to_html
@@ -306,6 +309,17 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     assert {odd, "task <i>$: 1 of 4 units kept (25%)"} <= {"".join(text.itertext()).strip() for text in texts}
 
 
+def test_a_style_of_the_users_changes_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {format: WRITERS[f".{format}"](BRANCHES, "single", None) for format in ("png", "svg", "pdf")}
+    before = similarity_picture(torch.eye(3), "abc")
+    style: Any = {"text.usetex": True, "savefig.bbox": "tight", "savefig.facecolor": "black", "axes.linewidth": 5.0}
+    with matplotlib.rc_context(style):
+        for format, picture in expected.items():
+            assert WRITERS[f".{format}"](BRANCHES, "single", None) == picture
+        assert similarity_picture(torch.eye(3), "abc") == before
+        assert matplotlib.rcParams["text.usetex"]
+
+
 def test_letters_that_the_font_lacks_come_from_another_that_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,9 +381,7 @@ def golden(name: str) -> str:
 @pytest.mark.parametrize("graph", [BRANCHES, unit_graph(regions=2), chain(17, 64, 'a_b.$x$.{}&%#~^\\<|>"')])
 def test_tikz_compiles(graph: nx.DiGraph, tmp_path: Path) -> None:
     nadhooks.render(graph, tmp_path / "flow.tex")
-    paper = (
-        r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{tikz}\begin{document}\input{flow}\end{document}"
-    )
+    paper = r"\documentclass{article}\usepackage{tikz}\begin{document}\input{flow}\end{document}"
     (tmp_path / "paper.tex").write_text(paper)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True)
@@ -414,6 +426,9 @@ def test_joins_make_room_for_sites() -> None:
     layout = lay_out(graph, DOUBLE)
     places = [layout.places[name] for name in path]
     assert all(a.x + a.width <= b.x for a, b in itertools.pairwise(places))
+    with pytest.raises(RenderError, match=r"; leave the joins out, draw nadhooks.collapse\(graph, 18\)"):
+        scene(graph, 380.0)
+    assert words(scene(nadhooks.collapse(graph, 18), 380.0))
 
 
 def test_differences_say_what_they_are() -> None:

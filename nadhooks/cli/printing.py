@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,8 +30,14 @@ SPEED_OVER = 600  # seconds, over which the time left is estimated: one step may
 LIBRARY = Path(__file__).parent.parent
 FIRST_LINE = 60  # seconds, after which a file is told how far things are
 
-out = Console(**AS_IT_IS, width=None if sys.stdout.isatty() else 120)  # files and pipes have no width
-err = Console(**AS_IT_IS, stderr=True, force_terminal=sys.stderr.isatty())  # a bar is of no use in a file
+
+def _on_screen(stream: TextIO | None) -> bool:
+    """Not where a stream is closed, as for a daemon's."""
+    return stream is not None and stream.isatty()
+
+
+out = Console(**AS_IT_IS, width=None if _on_screen(sys.stdout) else 120)  # files and pipes have no width
+err = Console(**AS_IT_IS, stderr=True, force_terminal=_on_screen(sys.stderr))  # a bar is of no use in a file
 
 
 def say(text: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .scene import FONT, Cells, Disc, Picture, Scene, Stroke, Text, families
@@ -26,13 +28,24 @@ UNDATED: dict[str, dict[str, Any]] = {
 }
 
 
+@contextmanager
+def settings(**more: Any) -> Iterator[None]:
+    """Inside, matplotlib's defaults and these, whatever a style of the user's says; fonts are the user's."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        kept: Any = {"font.sans-serif": matplotlib.rcParams["font.sans-serif"]}  # a type that lists all settings
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(kept | more)
+        yield
+
+
 def draw(scene: Scene, format: str) -> bytes:
     """The bytes of an "svg", "pdf" or "png" file (300 dots per inch)."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: Any = SETTINGS  # matplotlib's own type lists every setting by name
-    with matplotlib.rc_context(settings):
+    with settings(**SETTINGS):
         figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=DPI, facecolor="white")
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_xlim(0, scene.width)

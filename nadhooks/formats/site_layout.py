@@ -79,10 +79,11 @@ def lay_out(graph: nx.DiGraph, width: float | None) -> Layout:
     room = width - 2 * MARGIN - ends - sign * len(joins)
     pitch = room / max(1, len(wide))
     if bounded and (pitch < PITCH or graph.number_of_edges() > ROUTES):
-        fits = max(0, int(room / PITCH))
+        fits = max(0, int((width - 2 * MARGIN - ends) / PITCH))  # without joins, which a collapsed graph has none of
+        fewer = "leave the joins out, " if joins and len(wide) <= fits else ""
         raise RenderError(
             f"too large to be read in a picture {width:.0f} points wide: {len(wide)} stages and "
-            f"{graph.number_of_edges()} edges (room for {fits} stages and {ROUTES} edges); draw "
+            f"{graph.number_of_edges()} edges (room for {fits} stages and {ROUTES} edges); {fewer}draw "
             f"nadhooks.collapse(graph, {max(1, min(fits, len(wide) // 2))}), choose fewer sites, pass a larger width=, "
             "or render to .html or .dot"
         )

@@ -9,7 +9,7 @@ from .scene import Cells, Disc, Picture, Point, Scene, Shape, Stroke, Text
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "…": r"\ldots{}", "→": r"$\to$", "×": r"$\times$", "−": r"$-$",
+    "|": r"\textbar{}", '"': r"\char34{}", "…": r"\ldots{}", "→": r"$\to$", "×": r"$\times$", "−": r"$-$",
     "·": r"$\cdot$", "Σ": r"$\Sigma$",
 }  # fmt: skip
 
