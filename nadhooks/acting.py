@@ -4,6 +4,7 @@ deep-copy."""
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
@@ -56,6 +57,7 @@ class InForce:
         self.shut: dict[str, Tensor] = {}
         self.watch: Callable[[Site, Tensor], None] | None = None
         self.ready: _Ready | None = None  # during a forward pass without gradients
+        self.depth, self.thread = 0, 0  # how many times a `with` was entered, and in which thread
 
     def __getstate__(self) -> dict[str, Any]:
         return {"held": self.held}
@@ -68,21 +70,33 @@ class InForce:
         """Whether anything may change or see a site's tensor."""
         return not (self.rows is self.values is self.watch is None) or site.name in self.shut
 
-    def exchange(self, state: State) -> State:
-        """Puts this in force, and gives what was before."""
+    def enter(self, state: State) -> State:
+        """Puts this in force, and gives what was before, which `leave` wants."""
+        if not torch.compiler.is_compiling():
+            me = threading.get_ident()
+            if self.depth and self.thread != me:  # each would put back what the other has put in force
+                raise NadhooksError(
+                    "these gates are in force in another thread; give each a copy of the model with gates of its own"
+                )
+            self.thread, self.depth = me, self.depth + 1
         before = self.rows, self.values, self.closed
         self.rows, self.values, self.closed = state
         return before
 
+    def leave(self, before: State) -> None:
+        self.rows, self.values, self.closed = before
+        if not torch.compiler.is_compiling():
+            self.depth -= 1
+
     @contextmanager
     def everything_open(self) -> Iterator[None]:
-        before, shut = self.exchange((None, None, {})), self.shut
+        before, shut = self.enter((None, None, {})), self.shut
         self.shut = {}
         try:
             yield
         finally:
             self.shut = shut
-            self.exchange(before)
+            self.leave(before)
 
     @contextmanager
     def closing(self, site: Site, units: Tensor) -> Iterator[None]:

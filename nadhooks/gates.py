@@ -207,8 +207,10 @@ class Gates:
         The model runs in eval mode with open gates. From then on closed units put out their means. Raises NadhooksError
         where there is no batch.
         """
-        if isinstance(batches, Tensor):
-            raise NadhooksError("calibrate: expected batches, got a tensor; pass a loader, or [images]")
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise NadhooksError(
+                f"calibrate: expected batches, got {type(batches).__name__}; pass a loader, or [images]"
+            )
         model, means = self.attached(), UnitMeans(self.sites)
         device = next((p.device for p in model.parameters()), None)
         with torch.no_grad(), undisturbed(model), self.everything_open(), self.watch(means.add):
@@ -380,11 +382,11 @@ class _Activation:
         self._before: list[State] = []
 
     def __enter__(self) -> Gates:
-        self._before.append(self._gates._now.exchange(self._state))
+        self._before.append(self._gates._now.enter(self._state))
         return self._gates
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._gates._now.exchange(self._before.pop())
+        self._gates._now.leave(self._before.pop())
 
 
 def check_closed(closed: str, kinds: Sequence[str] = get_args(Closed)) -> None:

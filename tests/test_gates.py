@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -616,6 +617,21 @@ def test_samples_of_a_list_among_keyword_arguments_are_counted() -> None:
     model, x = Images(), list(vectors(6))
     with nadhooks.attach(model, "inner.act", tasks=3, example={"images": x}) as gates, gates([0, 1, 2] * 2):
         torch.testing.assert_close(model(images=x), model(x))
+
+
+def test_gates_are_in_force_in_one_thread_at_a_time() -> None:
+    model, x = seeded(Mlp), vectors()
+    with nadhooks.attach(model, "act", tasks=2, example=x) as gates, ThreadPoolExecutor(1) as other:
+
+        def use() -> None:
+            with gates(1), gates(0):
+                model(x)
+
+        with gates(0), pytest.raises(NadhooksError, match="in force in another thread; give each a copy"):
+            other.submit(use).result()
+        other.submit(use).result()
+        with gates.everything_open():
+            assert other.submit(model, x).result() is not None
 
 
 def test_means_are_measured_open_inside_a_close_too() -> None:

@@ -127,5 +127,5 @@ def test_gates_are_calibrated_on_batches_of_any_form() -> None:
             gates.calibrate(batches)
             found.append(gates.constants["copy"])
         assert all(torch.equal(means, LOGITS.mean(0)) for means in found)
-        with pytest.raises(NadhooksError, match=r"expected batches, got a tensor; pass a loader, or \[images\]"):
+        with pytest.raises(NadhooksError, match=r"expected batches, got Tensor; pass a loader, or \[images\]"):
             gates.calibrate(LOGITS)
