@@ -130,14 +130,24 @@ def sub_architecture(model: nn.Module, masks: Masks, task: object = None, *, exa
             for site in sites
         }
         inputs = [example, varied(example)]
-        plan = _confirmed(bare, sites, rows, _options(seen, sites, rows), inputs)
-        return _made(bare, sites, rows, plan, inputs, chosen.tasks[0])
+        options = _options(seen, sites, rows)
+        # what is too small for the twin to show may count in the model itself: then gates alone
+        for plan in (_confirmed(bare, sites, rows, options, inputs), [each[-1] for each in options]):
+            folded = _folded(bare, sites, rows, plan)
+            apart, most, alike = _apart(bare, sites, rows, folded, inputs)
+            if alike:
+                folded.folding = Folding(chosen.tasks[0], tuple(plan), apart, most)  # type: ignore[assignment]
+                return folded
+        raise ModelError(
+            f"the sub-architecture differs from the hooked model by {apart:.1e} (largest output {most:.1e}): "
+            "some module runs in another way when it has hooks, or at random; use attach, gates.load and gates(task)"
+        )
 
 
-def _made(
-    bare: nn.Module, sites: Sequence[Site], rows: Gating, plan: Sequence[Fold], inputs: Sequence[Any], task: str
-) -> nn.Module:
-    folded = _folded(bare, sites, rows, plan)
+def _apart(
+    bare: nn.Module, sites: Sequence[Site], rows: Gating, folded: nn.Module, inputs: Sequence[Any]
+) -> tuple[float, float, bool]:
+    """How far a folded model's outputs are from the hooked one's, the largest of those, and whether both are alike."""
     apart, most, alike = 0.0, 0.0, True
     for each in inputs:
         ours = outputs(folded, each)
@@ -145,13 +155,7 @@ def _made(
             theirs = outputs(bare, each)
         apart, most = max(apart, difference(ours, theirs)), max(most, largest(theirs))
         alike = alike and close(ours, theirs)
-    if not alike:
-        raise ModelError(
-            f"the sub-architecture differs from the hooked model by {apart:.1e} (largest output {most:.1e}): "
-            "some module runs in another way when it has hooks, or at random; use attach, gates.load and gates(task)"
-        )
-    folded.folding = Folding(task, tuple(plan), apart, most)  # type: ignore[assignment]
-    return folded
+    return apart, most, alike
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -314,3 +314,19 @@ def test_models_of_the_zoos_equal_the_hooked_ones(name: str, closed: str) -> Non
         in_columns = any("columns" in how for how in hows(folded).values())
         tolerance = 1e-6 * max(1, float(theirs.abs().max())) if in_columns and closed == "mean" else 0
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_what_is_too_small_beside_another_unit_counts_in_the_end() -> None:
+    """A constant before the activation is another behind it; the second unit drowns that where both are compared."""
+    model = Around(nn.SiLU()).eval()
+    with torch.no_grad():
+        model.fc1.weight[1] *= 1e9
+        model.fc2.weight[:, 1] *= 1e-9
+        model.fc1.bias.zero_()
+    x = vectors().float()
+    with nadhooks.attach(model, "between", tasks=2, example=x, closed="mean") as gates:
+        draw(gates, x, "mean")
+        masks = gates.masks()
+    folded = nadhooks.sub_architecture(model, masks, 1, example=x)
+    assert hows(folded) == {"between": "gate"}
+    assert torch.equal(folded(x), hooked(model, masks, 1, x))
