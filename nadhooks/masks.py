@@ -273,6 +273,8 @@ class Masks:
             rest = {key: value for key, value in about.items() if key not in ("network", "random")}
             origin = {**origin, "quality": rest}  # without what is of the tasks and masks that were measured
         measured = (self.quality if values is None else {}) if quality is None else quality
+        if provenance is None and not measured:
+            origin = {key: value for key, value in origin.items() if key != "quality"}
         values, tasks = self.values if values is None else values, tasks or self.task_rows
         constants = self.constants if constants is None else constants
         return Masks(self.sites, values, tasks, self.wiring, self.closed, constants, origin, measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def _described(masks: Masks) -> dict[str, Any]:
         if masks.task_rows.wordnet:
             task["wordnet"] = masks.task_rows.wordnet[row]
         measured = {measure: float(values[row]) for measure, values in masks.quality.items()}
-        tasks.append(task | {measure: None if value != value else value for measure, value in measured.items()})
+        tasks.append(task | {measure: value if math.isfinite(value) else None for measure, value in measured.items()})
     sites = [
         {"name": site.name, "module": site.module, "axis": site.axis, "units": site.units, "block": site.block}
         | {"side": site.side, "leaf": site.leaf, "alternating": site.alternating}
