@@ -109,14 +109,17 @@ def tensorboard_log(writer: Any) -> Report:
     logged = 0.0
     if isinstance(writer, (str, PathLike)):
         try:
+            from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise LearningError("logging to TensorBoard needs its package: pip install tensorboard") from error
+        there = EventAccumulator(str(writer), size_guidance={"scalars": 1})  # of each measure the last alone
         try:
-            writer, folder = SummaryWriter(str(writer)), writer
+            writer = SummaryWriter(str(writer))
         except OSError as error:
             raise LearningError(f"cannot write the log {writer}: {error.strerror}") from error
-        logged = _samples_in(folder)
+        there.Reload()
+        logged = there.Scalars("samples")[-1].value if "samples" in there.Tags()["scalars"] else 0.0
 
     def write(progress: Progress) -> None:
         for name, value in progress.numbers().items():
@@ -124,15 +127,6 @@ def tensorboard_log(writer: Any) -> Report:
         writer.flush()
 
     return _once(write, logged)
-
-
-def _samples_in(folder: str | PathLike[str]) -> float:
-    """Samples until the last step that TensorBoard finds in a folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 1})  # of each measure the last alone
-    found.Reload()
-    return found.Scalars("samples")[-1].value if "samples" in found.Tags()["scalars"] else 0.0
 
 
 def _once(write: Report, logged: float) -> Report:
