@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import objectives
-from .learner import HELD_OUT_DRAWS, Found, Learner, by_sample, on_device, terms_of
+from .learner import Found, Learner, by_sample, on_device, terms_of
 from .sampling import SAMPLES_PER_PASS, balanced_batches
 from .teaching import Teacher
 
@@ -63,7 +62,7 @@ def faithful(learner: Learner, bound: float) -> tuple[Found, dict[str, Any]]:
 def divergence(learner: Learner, learnt: Found) -> Tensor:
     """(tasks,) how far these gates are from the full network on held-out samples."""
     assert learner.held is not None  # `read` made it
-    method = replace(learner.method, **HELD_OUT_DRAWS)
+    method = learner.measuring()
     teacher = Teacher(learner.teacher.forward, 0, method.compares)
     size = max(1, SAMPLES_PER_PASS // (method.positives + method.negatives))
     parts = []

@@ -21,7 +21,7 @@ from .gates import Gates
 from .gating import Closed, UnitMeans
 from .identity import without_wrappers
 from .masks import Masks, check_same_sites
-from .methods import Method, Samples, Step, Table, method_of
+from .methods import Method, Samples, Step, Table
 from .methods.parts import Parted, whole
 from .progress import Clock, Progress, Report
 from .sampling import (
@@ -35,6 +35,7 @@ from .sampling import (
     has,
     own_batches,
     seed_loaders,
+    shown_in,
 )
 from .starting import SAMPLES, beside_means
 from .tasks import Label, Tasks
@@ -42,7 +43,7 @@ from .teaching import Teacher
 
 TIMES = 10  # in a run that held-out samples are measured
 HELD_OUT = 5  # of each so many samples one is held out where fidelity is asked for and nothing else is given
-HELD_OUT_DRAWS: dict[str, Any] = {"steps": 4, "positives": 8, "negatives": 8, "images": None}
+DRAWS: dict[str, Any] = {"steps": 4, "positives": 8, "negatives": 8, "images": None}  # of held-out samples
 SEVERAL = 0.3  # where each task keeps a share of its own, all take the steps of this one, whatever the others keep
 TINY = 1e-12  # a deviation of rounding errors
 WARM = 3.0  # scores of a warm start run from minus this to this; a step of ours moves them by about 1
@@ -117,12 +118,14 @@ class Learner:
         method, parted = self.method, fidelity is not None and self.held_out is None
         if parted:  # enough of each label for both parts, also where a method itself wants few
             drawn = method.images or method.steps * method.positives
-            method = replace(method, images=max(drawn, HELD_OUT * HELD_OUT_DRAWS["positives"]))
+            method = replace(method, images=max(drawn, HELD_OUT * DRAWS["positives"]))
         self.pool = Pool.of(self.data, given and self.data.tasks(given), method)
         if parted:
             self.pool, self.held = self.pool.parted(HELD_OUT)
         elif fidelity is not None and self.held_out is not None:
-            self.held = Pool.of(self.held_out, None, replace(self.method, **HELD_OUT_DRAWS))
+            self.held = Pool.of(self.held_out, None, self.measuring())
+        if self.method.output == "any" and len(shown_in(self.pool.labels)) == 1:  # nor need an objective want others
+            self.asked = self.method = replace(self.method, negatives=0)
         self.tasks = self.pool.tasks(given, self.method)
         self.check_held_out()
         self.checkpoint.learns_from([vars(self.pool), self.held and vars(self.held)])
@@ -137,6 +140,11 @@ class Learner:
             for name, x in beside_means(self.teacher.forward, self.pool.part(some).inputs, len(some)).items():
                 self.starts[name] = x.to(self.deviations[name]) / self.deviations[name].clamp(min=TINY)
 
+    def measuring(self) -> Method:
+        """The method, as held-out samples are drawn for it."""
+        alone = self.method.output == "any" and not self.method.negatives
+        return replace(self.method, **DRAWS | ({"negatives": 0} if alone else {}))
+
     def seed_loaders(self) -> None:
         """For samples in one order, whatever was read before: persistent workers draw a number less the second time."""
         seed_loaders(self.seed, self.teacher.forward.device)
@@ -145,7 +153,7 @@ class Learner:
         """Whether there is what will be measured; later would be too late."""
         if self.held is not None:
             try:
-                self.held.tasks(self.tasks, replace(self.method, **HELD_OUT_DRAWS))
+                self.held.tasks(self.tasks, self.measuring())
             except LearningError as error:
                 which = "" if self.held_out is not None else f" (of the loader's, every {HELD_OUT}th is held out)"
                 raise LearningError(f"held-out samples: {error}{which}") from error
@@ -163,7 +171,7 @@ class Learner:
                     f"held_out: expected samples of task {name} and of others, got {own[label]} of it among {samples}"
                 )
 
-    def warm(self, start: str | Method | Masks | None) -> None:
+    def warm(self, start: Method | Masks | None) -> None:
         """First scores from a method's or masks' own order of the units."""
         if start is None:
             return
@@ -175,12 +183,12 @@ class Learner:
             chosen = start.select(self.tasks.labels)
             scores = {name: 2 * WARM * value - WARM for name, value in chosen.values.items()}
         else:
-            method = method_of(start)
+            method = start
             if method.sampling == "own" or self.pool is None:
-                other = "" if self.pool is None else ", or from a baseline"
+                reads = method.name if method.sampling == "own" else self.method.name
                 raise LearningError(
-                    f"start: {method.name!r} and {self.method.name!r} see data in different ways; "
-                    f"start from masks that one of them learnt{other}"
+                    f"start: {self.method.name!r} cannot begin with {method.name!r}, for {reads!r} reads the loader "
+                    "itself; learn those masks first, and pass them as start="
                 )
             if method.output not in ("any", self.method.output):
                 raise LearningError(
@@ -347,8 +355,11 @@ class Learner:
             self.check(losses, gradients, index)
             with torch.no_grad():
                 for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):
-                    if update:
-                        update(part, Parted(gradient, part), step, state)
+                    if update and (given := update(part, Parted(gradient, part), step, state)) is not None:
+                        raise LearningError(
+                            f"an update changes scores in place and gives None, got {type(given).__name__}; write into "
+                            "the tensors, as in scores[site].sub_(gradients[site])"
+                        )
             self.checkpoint.note(index + 1, tables, self.samples, through.hexdigest())
             if self.reports:
                 with torch.random.fork_rng([]):  # reports must not change what a shuffling loader yields next

@@ -87,7 +87,8 @@ def learn(
         task and unit that is learnt with the mask, from the mean on (optimal ablation; Li and Janson, NeurIPS 2024). By
         default "zero" for "nad", "optimal" for "contrastive" and "mean" for the others.
     start: a method, or masks, that the first scores are taken from.
-    outputs: {label: indices of the model's outputs} that say yes to a task, where labels are not outputs themselves.
+    outputs: {label: indices of the model's outputs} that say yes to a task, where labels are not outputs themselves:
+        the loader's labels are these then.
     held_out: another loader, of samples that nothing is learnt from, kept in memory. Where outputs are classes, its
         figures go into `masks.quality`, and into the reports ten times in a run (not those of "routing"); fidelity is
         measured on it (otherwise on every fifth sample of the loader).
@@ -124,6 +125,9 @@ def learn(
     _check_autocast(autocast)
     method = method_of(method)
     budget = _budget(keep, fidelity, method)
+    start = start if start is None or isinstance(start, Masks) else method_of(start, "start")
+    if not (outputs is None or isinstance(outputs, Mapping)):
+        raise TaskError(f"outputs: expected {{label: [output, …]}}, got {outputs!r}")
     fidelity = None if fidelity is None else float(fidelity)  # of numpy's kinds it could not be written down
     if (fidelity is not None or held_out is not None) and method.ranks and method.output == "any":
         method = replace(method, output="softmax")  # its objective measures no distance from the full network
@@ -230,7 +234,10 @@ def _classes(model: nn.Module, sample: Any) -> int:
     with torch.no_grad():
         number = logits_of(call_model(model, copied(sample))).shape[1]
     if number < 2:
-        raise ModelError("expected a classifier of two or more classes, got one output")
+        raise ModelError(
+            "expected a classifier of two or more classes, got one output; wrap the model so that it puts out "
+            "torch.cat([torch.zeros_like(x), x], 1), or pass an objective of your own as method="
+        )
     return number
 
 
@@ -310,13 +317,12 @@ def _meaning(outputs: Mapping[Label, Sequence[int]] | None, number: int | None) 
     return found
 
 
-def _origin(start: str | Method | Masks) -> dict[str, Any]:
+def _origin(start: Method | Masks) -> dict[str, Any]:
     """What first scores were taken from, for a file."""
     if isinstance(start, Masks):
         told = ("method", "options", "keep", "fidelity", "seed")
         return {name: start.provenance[name] for name in told if name in start.provenance}
-    method = method_of(start)
-    return {"method": method.name, "options": method.described()}
+    return {"method": start.name, "options": start.described()}
 
 
 def _budget(keep: float | int | Budget | None, fidelity: float | None, method: Method) -> Budget | None:

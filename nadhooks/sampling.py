@@ -131,7 +131,9 @@ def read(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Any]]:
             labels = labels.bool()
         elif labels.dim() != 1 or len(labels) != samples or labels.is_floating_point():
             hint = "; a list has an entry for each sample, a tuple one for each argument of the model"
-            hint = hint if isinstance(batch[0], list) else ""
+            hint = hint if isinstance(batch[0], (list, tuple)) else ""
+            if labels.dim() == 0:
+                hint = f"; this is a sample, not a batch: {WAY_OUT}"
             if labels.dim() == 2 and len(labels) == samples and labels.is_floating_point():
                 hint = "; these are mixed or soft labels, as of MixUp, CutMix or label smoothing: pass a loader without"
             raise TaskError(

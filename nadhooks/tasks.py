@@ -51,7 +51,7 @@ class Tasks:
     def of(cls, tasks: TaskSpec) -> Tasks:
         """From a number K (labels 0..K-1), a sequence of labels, or a mapping from label to name."""
         if isinstance(tasks, Mapping):
-            return cls(tuple(map(_label, tasks)), tuple(str(name) for name in tasks.values()))
+            return cls(tuple(map(_label, tasks)), tuple(map(_name, tasks.values())))
         if alone(tasks):
             try:
                 number = _label(tasks)
@@ -113,6 +113,15 @@ class Tasks:
 def alone(given: object) -> bool:
     """Whether it is one task, or one number, and not several."""
     return isinstance(given, (str, bytes)) or not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0
+
+
+def _name(name: object) -> str:
+    if not alone(name):
+        raise TaskError(
+            f"tasks: expected a name for each label, got {name!r}; which of a model's outputs mean a task is said by "
+            "nadhooks.learn(outputs={label: [output, …]})"
+        )
+    return str(name)
 
 
 def _label(label: object) -> Label:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .batching import copied, forms, listed, pick
+from .errors import LearningError
 from .fusing import Fused, fused
 from .gates import Gates
 from .gating import by_unit
@@ -67,6 +68,11 @@ class Forward:
             def watch(site: Site, x: Tensor) -> None:
                 if see:
                     see(site, x)
+                if x.is_inference():
+                    raise LearningError(
+                        f"site {site.name!r} runs under torch.inference_mode(), where nothing can be learnt; have the "
+                        "model run it outside"
+                    )
                 kept = x.clone() if site.name in self.overwritten else x
                 left[site.name] = kept, kept._version  # noqa: B023
                 seen[site.name] = by_unit(kept, site, samples)  # noqa: B023

@@ -710,6 +710,29 @@ def test_objectives_of_another_shape_are_refused() -> None:
         nadhooks.learn(net(), loader(), "act", method=lambda s, t, p, g: torch.zeros(3))
 
 
+def test_an_update_that_gives_other_scores_is_refused() -> None:
+    def update(scores: methods.Table, gradients: methods.Table, step: methods.Step, state: methods.Table) -> Any:
+        return {site: score - gradients[site] for site, score in scores.items()}
+
+    with pytest.raises(LearningError, match=r"an update changes scores in place and gives None, got dict"):
+        nadhooks.learn(net(), loader(), "act", method=replace(methods.contrastive(steps=2), update=update))
+
+
+def test_models_that_run_in_inference_mode_are_refused() -> None:
+    class Inferring(Mlp):
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    with pytest.raises(LearningError, match=r"site 'act' runs under torch\.inference_mode"):
+        nadhooks.learn(Inferring().double(), loader(), "act")
+
+
+def test_a_data_set_in_place_of_a_loader_is_told_from_one() -> None:
+    with pytest.raises(TaskError, match=r"this is a sample, not a batch: pass torch\.utils.data.DataLoader"):
+        nadhooks.learn(net(), [(x, int(y)) for x, y in zip(*loader()[0], strict=True)], "act")
+
+
 def test_bad_options_are_named() -> None:
     model, data = net(), loader()
     for make in (lambda: methods.contrastive(steps=0), lambda: methods.nad(batch=0), lambda: methods.nad(epochs=0)):
@@ -721,8 +744,10 @@ def test_bad_options_are_named() -> None:
             methods.contrastive(**draws)
     with pytest.raises(LearningError, match=r"expected sampling of .*, got 'bogus'"):
         replace(methods.contrastive(), sampling="bogus")  # type: ignore[arg-type]
-    with pytest.raises(NadhooksError, match="method: expected"):
+    with pytest.raises(NadhooksError, match="got the function that makes 'contrastive'; call it"):
         nadhooks.learn(model, data, "act", method=methods.contrastive)  # type: ignore[arg-type]
+    with pytest.raises(NadhooksError, match=r"start: expected 'nad', .*, got 'bogus'"):
+        nadhooks.learn(model, data, "act", start="bogus")
     with pytest.raises(ModelError, match=r"expected a torch.nn.Module, got str"):
         nadhooks.learn("resnet18", data)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="two or more classes, got one output"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import nadhooks
 from nadhooks import methods, objectives
-from nadhooks.errors import NadhooksError, TaskError
+from nadhooks.errors import LearningError, NadhooksError, TaskError
 from nadhooks.evaluation import recognition
 from nadhooks.tasks import Label
 
@@ -110,6 +110,13 @@ def test_figures_of_groups_are_those_of_a_network_with_their_sum_as_output() -> 
         pytest.raises(TaskError, match="does not say which"),
     ):
         recognition(gates, [(x, labels)], outputs=MEANT)
+
+
+def test_groups_are_not_said_in_place_of_names() -> None:
+    with pytest.raises(TaskError, match=r"expected a name for each label, got \[0, 2\]; .*nadhooks\.learn\(outputs="):
+        nadhooks.learn(mlp(), grouped(), "act", tasks={0: [0, 2], 1: [1]})  # type: ignore[dict-item]
+    with pytest.raises(TaskError, match=r"outputs: expected \{label: \[output, …\]\}, got \[\[0, 2\], \[1\]\]"):
+        nadhooks.learn(mlp(), grouped(), "act", outputs=[[0, 2], [1]])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [{0: [3]}, {0: []}, {0: [0, 1, 2]}, {0: [-1]}, {0: [True]}, {0: ["a"]}])
@@ -289,6 +296,25 @@ def test_objectives_see_outputs_of_any_kind_and_each_samples_targets(
     nad = replace(methods.nad(epochs=1), objective=objective, output="any")
     soft = nadhooks.learn(model, loader, ["line.act1", "line.act2"], method=nad, cache=cache)["line.act1"]
     assert bool(((soft > 0) & (soft < 1)).all())
+
+
+def test_an_objective_may_have_samples_of_one_label_alone() -> None:
+    def restores(
+        student: methods.Pass, teacher: methods.Pass, samples: methods.Samples, gates: methods.Table
+    ) -> Tensor:
+        assert bool(samples.positive.all())
+        far = (student.outputs - teacher.outputs).square().mean((1, 2, 3))
+        return objectives.per_task(far, samples.rows, len(gates["line.act1"]))
+
+    data = [(images(40), torch.zeros(40, dtype=torch.long))]
+    sites = ["line.act1", "line.act2"]
+    assert float(nadhooks.learn(seeded(Dense), data, sites, method=restores, keep=4).kept()) == pytest.approx(4 / 9)
+    found = nadhooks.learn(seeded(Dense), data, sites, method=restores, fidelity=1e-3)
+    assert 0 < float(found.kept()[0]) <= 1
+    with pytest.raises(LearningError, match="held-out samples: the loader shows no sample of task 0"):
+        nadhooks.learn(
+            seeded(Dense), data, sites, method=restores, fidelity=1e-3, held_out=[(images(4), torch.ones(4).long())]
+        )
 
 
 class Takes(Mlp):

@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-def method_of(method: str | Method | Objective) -> Method:
+def method_of(method: str | Method | Objective, what: str = "method") -> Method:
     """A method by its name, itself, or contrastive with another objective. Raises NadhooksError for anything else."""
     if isinstance(method, Method):
         return method
@@ -43,7 +43,9 @@ def method_of(method: str | Method | Objective) -> Method:
         return METHODS[method]()
     if callable(method) and method not in METHODS.values():
         return from_objective(method)
-    raise NadhooksError(f"method: expected {', '.join(map(repr, METHODS))}, a Method or an objective, got {method!r}")
+    uncalled = [name for name, make in METHODS.items() if make is method]
+    got = f"the function that makes {uncalled[0]!r}; call it" if uncalled else repr(method)
+    raise NadhooksError(f"{what}: expected {', '.join(map(repr, METHODS))}, a Method or an objective, got {got}")
 
 
 __all__ = [
