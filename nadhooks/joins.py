@@ -10,7 +10,7 @@ JOINS = ("sequential", "sum", "concatenation", "product", "attention")  # from t
 SEQUENTIAL, SUM, CONCATENATION, PRODUCT, ATTENTION = JOINS
 # What the names of autograd nodes begin with that join several tensors.
 NAMES = {
-    SUM: ("AddBackward", "AddcmulBackward"),
+    SUM: ("AddBackward", "SubBackward", "RsubBackward", "AddcmulBackward", "LerpBackward"),
     CONCATENATION: ("Cat", "Stack", "CopySlices", "IndexPut", "SliceScatter"),
     PRODUCT: ("Mul", "Convolution", "Addmm", "GridSampler", "ThnnConvDepthwise"),
     ATTENTION: ("ScaledDotProduct", "Bmm", "Baddbmm", "Mm"),

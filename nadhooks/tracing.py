@@ -66,10 +66,12 @@ class Trace:
 
     def __post_init__(self) -> None:
         self.first: dict[str, int] = {}
+        self.places: dict[int, int] = {}  # of calls, by their identity
         self.children: dict[int | None, list[int]] = defaultdict(list)
         self.consumers: dict[int, list[Call]] = defaultdict(list)
         for index, call in enumerate(self.calls):
             self.first.setdefault(call.name, index)
+            self.places[id(call)] = index
             self.children[call.parent].append(index)
             for leaf in call.inputs:
                 self.consumers[leaf.serial].append(call)
@@ -85,7 +87,7 @@ class Trace:
     def inside(self, call: Call) -> Iterator[Call]:
         """That call and all calls that happened within it."""
         yield call
-        for index in self.children[self.first[call.name]]:
+        for index in self.children[self.places[id(call)]]:
             yield from self.inside(self.calls[index])
 
     def axis(self, call: Call, leaf: Leaf) -> int | None:
@@ -256,7 +258,7 @@ def _run(model: nn.Module, example: Any) -> Trace:
 
     def use(name: str, x: Tensor, apply: Apply) -> Tensor:
         within = calls[open_calls[-1]].name if open_calls else ""
-        if within == name:  # the layer itself, being called
+        if within == name or own_weight(modules[within]) is own_weight(modules[name]):  # a layer itself, being called
             return apply(x)
         before(name, modules[name], (x,), {})
         calls[-1].within = within
@@ -265,7 +267,8 @@ def _run(model: nn.Module, example: Any) -> Trace:
         return out
 
     modules = dict(model.named_modules())
-    weights = {id(m.weight): name for name, m in modules.items() if has_weights(m) and isinstance(m.weight, Tensor)}
+    layers = {name: own_weight(module) for name, module in modules.items() if has_weights(module)}
+    weights = {id(weight): name for name, weight in layers.items() if weight is not None}
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
@@ -305,6 +308,11 @@ def logits_of(outputs: Any) -> Tensor:
 def has_weights(module: nn.Module) -> bool:
     """A leaf with weights that mixes its inputs: a convolution or a linear layer, whatever its class."""
     return isinstance(module, (_ConvNd, nn.Linear))
+
+
+def own_weight(module: nn.Module) -> Tensor | None:
+    """Of a layer; None where it has none, or computes it anew at each look (parametrizations)."""
+    return module._parameters.get("weight")
 
 
 def never_fired(trace: Trace) -> Sequence[str]:

@@ -183,8 +183,6 @@ def _by_perturbation(
     if not sources:
         return set()
     generator = torch.Generator().manual_seed(0)
-    given = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
-    numbered = not any(leaf.is_floating_point() for leaf in given)  # images of bytes, or tokens: in another order
     recorded: dict[str, list[Tensor]] = defaultdict(list)
     taken: dict[str, list[Tensor]] = defaultdict(list)  # by layers
 
@@ -196,23 +194,20 @@ def _by_perturbation(
         recorded[site.name].append(tensor.clone())  # an in-place layer that follows would overwrite it
 
     def noisy(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            if not numbered:
-                return tensor
-            order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-            return tensor.flatten()[order].view(tensor.shape)
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         return tensor + noise * (tensor.std(correction=0) + FLAT)
 
-    def run(source: str | None, change: Callable[[Site, Tensor], Tensor | None], around: Around) -> list[Any]:
+    def run(inputs: Any, change: Callable[[Site, Tensor], Tensor | None], around: Around) -> list[Any]:
         hooked = on_sites(model, sites, change)
         with undisturbed(model), hooked, _layers_run(model, sites, around), torch.no_grad():
-            inputs = pytree.tree_map_only(Tensor, noisy if source == INPUT else Tensor.clone, example)
-            return leaves_of(call_model(model, inputs))
+            return leaves_of(call_model(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs)))
 
-    outputs = run(None, record, take)
+    outputs = run(example, record, take)
     edges: set[tuple[str, str]] = set()
-    for source in [name for name in (INPUT, *(site.name for site in sites)) if name in set(sources)]:
+    changed = [(INPUT, inputs) for inputs in (_noisy_inputs(example, noisy), _other_numbers(example, generator))]
+    passes = [(source, inputs) for source, inputs in changed if inputs is not None]
+    passes += [(site.name, example) for site in sites]
+    for source, inputs in [each for each in passes if each[0] in set(sources)]:
         calls: dict[str, int] = defaultdict(int)
 
         def replay(site: Site, tensor: Tensor, source: str = source, calls: dict[str, int] = calls) -> Tensor:
@@ -231,12 +226,41 @@ def _by_perturbation(
             return recorded[site.name][index] if known else forward(input)
 
         try:
-            moved = not same(run(source, replay, skip), outputs)
+            moved = not same(run(inputs, replay, skip), outputs)
         except (RuntimeError, IndexError):  # other proposals than those that the replayed tensors belong to
             moved = True
         if moved:
             edges.add((source, OUTPUT))
     return edges
+
+
+def _noisy_inputs(example: Any, noisy: Callable[[Tensor], Tensor]) -> Any:
+    """Forward arguments with noise on those that are no whole numbers; None without any."""
+    if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(example)):
+        return None
+    return pytree.tree_map_only(Tensor, lambda x: noisy(x) if x.is_floating_point() else x, example)
+
+
+def _other_numbers(example: Any, generator: torch.Generator) -> Any:
+    """Forward arguments with whole numbers (tokens, images of bytes) in another order; None without any.
+
+    Where no order is another, as with one token, the first of them are other numbers. Booleans beside something else
+    are masks, and stay.
+    """
+    leaves, rebuild = pytree.tree_flatten(example)
+    tensors = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    whole = {place: leaf for place, leaf in tensors.items() if not leaf.is_floating_point()}
+    if len(whole) < len(tensors):
+        whole = {place: leaf for place, leaf in whole.items() if leaf.dtype != torch.bool}
+    if not whole:
+        return None
+    for place, leaf in whole.items():
+        order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
+        leaves[place] = leaf.flatten()[order].view(leaf.shape)
+    if all(torch.equal(leaves[place], leaf) for place, leaf in whole.items()):
+        place, leaf = next(iter(whole.items()))
+        leaves[place] = torch.where(leaf > 0, leaf.long() - 1, 1).to(leaf.dtype)
+    return pytree.tree_unflatten(leaves, rebuild)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ ONE, W = (2, 4, 6), torch.ones(6, 6)
         (lambda x: x * x.square().mean(-1, keepdim=True).rsqrt(), "sequential"),  # a norm
         (lambda x: x.relu() + x, "sum"),
         (lambda x: (x @ W).add_(x), "sum"),
+        (lambda x: x.relu() - x, "sum"),
+        (lambda x: torch.lerp(x.relu(), x, 0.3), "sum"),
         (lambda x: torch.cat([x, x.relu()], 1), "concatenation"),
         (lambda x: torch.stack([x, x.relu()], 1).mean(1), "concatenation"),
         (lambda x: x * x.mean(1, keepdim=True).sigmoid(), "product"),

@@ -219,3 +219,59 @@ def test_perturbation_runs_a_layer_only_where_it_takes_in_something_else(monkeyp
     assert found == {("input", "0"), ("0", "1"), ("1", "2"), ("2", "output")}
     assert runs == [*model, *model]  # all once, and each once more when what comes before it was changed
     assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_layers_that_share_a_weight_are_sites_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+    model[2].weight = model[0].weight
+    with nadhooks.attach(model, nadhooks.sites.channels(), example=vectors().float()) as gates:
+        assert [(site.name, site.within) for site in gates.sites] == [("0", None), ("2", None), ("4", None)]
+        assert set(gates.wiring.edges) == {("input", "0"), ("0", "2"), ("2", "4"), ("4", "output")}
+
+
+class Captioned(nn.Module):
+    """Takes tokens, and an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.text, self.image = nn.Embedding(9, 4), nn.Linear(4, 5), nn.Linear(6, 5)
+
+    def forward(self, ids: Tensor, image: Tensor | None = None) -> Tensor:
+        seen = 0 if image is None else self.image(image)
+        return self.text(self.words(ids).mean(1)) + seen
+
+
+@pytest.mark.parametrize("ids", [torch.arange(7)[None], torch.zeros(1, 7, dtype=torch.long), torch.tensor([[3]])])
+def test_tokens_are_an_input_alone_and_beside_an_image(ids: Tensor) -> None:
+    model = Captioned().eval()
+    if ids.shape[1] < 7 or int(ids.max()) == 0:  # no other order of these is another
+        with nadhooks.attach(model, "text", example=ids) as gates:
+            assert set(gates.wiring.edges) == {("input", "text"), ("text", "output")}
+    with nadhooks.attach(model, ["text", "image"], example=(ids, torch.randn(1, 6))) as gates:
+        assert ("input", "text") in gates.wiring.edges or int(ids.max()) > 5
+        assert ("input", "image") in gates.wiring.edges
+
+
+def test_models_that_call_themselves_have_sites() -> None:
+    class Both(nn.Module):
+        """The mean over an input and its mirror image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, mirrored: bool = True) -> Tensor:
+            if mirrored:
+                return self(x, False) + self(x.flip(1), False)
+            return self.second(self.first(x).relu())
+
+    model = nn.Sequential(Both()).eval()
+    assert edges(model, "0", vectors().float()) == {("input", "0"), ("0", "output")}
+
+
+def test_a_dry_run_changes_no_buffer_of_a_parametrization() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(5, 3)).train()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    nadhooks.attach(model, nadhooks.sites.channels(), example=vectors().float()).detach()
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
