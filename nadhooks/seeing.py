@@ -107,13 +107,13 @@ class Watch:
         self.places = torch.empty(chosen, 0, 2)
 
     def see(self, tensor: Tensor) -> None:
-        self.now = tensor
+        self.now = tensor.clone()  # an in-place layer that follows would overwrite it
 
-    def update(self, labels: Sequence[int], first: int) -> None:
-        """Takes in what a batch left, whose first image has this number."""
+    def update(self, labels: Sequence[int], first: int, image: Sequence[int]) -> None:
+        """Takes in what a batch left, whose first image has this number. image: height and width."""
         if self.now is None:
             raise SiteError(f"{self.site.name}: the model did not reach this site")
-        active, grid = activations(self.now, self.site, len(labels))  # (batch, units, places)
+        active, grid = activations(self.now, self.site, len(labels), image)  # (batch, units, places)
         active = active[:, self.units].detach().float().cpu()
         best, at = active.max(2)  # (batch, chosen)
         numbers = torch.arange(first, first + len(labels)).expand(len(self.units), -1)
@@ -130,10 +130,13 @@ class Watch:
         self.now = None
 
 
-def activations(tensor: Tensor, site: Site, batch: int) -> tuple[Tensor, tuple[int, int, int] | None]:
+def activations(
+    tensor: Tensor, site: Site, batch: int, image: Sequence[int]
+) -> tuple[Tensor, tuple[int, int, int] | None]:
     """A site's tensor as (batch, units, places), and its places as (rows, columns, how many stand before them).
 
-    The places are None where they cannot be told. A unit of several positions is the norm over them.
+    The places are None where they cannot be told. A unit of several positions is the norm over them. image: height and
+    width of the images.
     """
     x = tensor.movedim(site.axis, -1)  # (batch, …, positions)
     rest = tuple(x.shape[1:-1])
@@ -144,17 +147,19 @@ def activations(tensor: Tensor, site: Site, batch: int) -> tuple[Tensor, tuple[i
     if site.block > 1:
         apart = (site.block, site.units) if site.alternating else (site.units, site.block)
         x = torch.linalg.vector_norm(x.unflatten(2, apart), dim=2 if site.alternating else 3)
-    return x.transpose(1, 2), _grid(rest) if times == 1 else None
+    return x.transpose(1, 2), _grid(rest, image) if times == 1 else None
 
 
-def _grid(rest: tuple[int, ...]) -> tuple[int, int, int] | None:
+def _grid(rest: tuple[int, ...], image: Sequence[int]) -> tuple[int, int, int] | None:
+    """Tokens in a row are of square patches, with others before them, such as one for the class."""
     if len(rest) == 2:
         return rest[0], rest[1], 0
     if len(rest) == 1:
         for before in range(min(PREFIX, rest[0] - 1) + 1):
-            side = math.isqrt(rest[0] - before)
-            if side > 1 and side * side == rest[0] - before:
-                return side, side, before
+            rows = math.isqrt((rest[0] - before) * image[0] // image[1])
+            columns = (rest[0] - before) // max(1, rows)
+            if min(rows, columns) > 1 and rows * columns == rest[0] - before and rows * image[1] == columns * image[0]:
+                return rows, columns, before
     return None
 
 
@@ -214,7 +219,7 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch], loader: Iterable[An
                 call_model(model, images.to(device))
             listed = labels.tolist()
             for watch in watches.values():
-                watch.update(listed, first)
+                watch.update(listed, first, images.shape[2:])
             for row, image in enumerate(images):
                 kept[first + row] = image.detach().cpu(), listed[row]
             first += len(images)
@@ -232,7 +237,7 @@ def _measure(model: nn.Module, watches: Mapping[str, Watch], images: Tensor) -> 
         call_model(model, x)
         if watch.now is None:
             raise SiteError(f"{watch.site.name}: the model did not reach this site")
-        active, grid = activations(watch.now, watch.site, len(images))
+        active, grid = activations(watch.now, watch.site, len(images), images.shape[2:])
         watch.now = None
         if grid is None or not active.requires_grad:
             continue

@@ -165,14 +165,39 @@ def test_what_cannot_be_done_is_said() -> None:
 def test_places_are_told_by_shape(
     shape: tuple[int, ...], axis: int, more: dict[str, Any], places: int, grid: tuple[int, int, int] | None
 ) -> None:
-    active, found = activations(torch.ones(shape), nadhooks.Site("s", axis, 4, "s", **more), 2)
+    active, found = activations(torch.ones(shape), nadhooks.Site("s", axis, 4, "s", **more), 2, (64, 64))
     assert active.shape == (2, 4, places)
     assert found == grid
 
 
+@pytest.mark.parametrize(
+    ("tokens", "image", "grid"),
+    [
+        (129, (256, 128), (16, 8, 1)),
+        (49, (96, 128), (6, 8, 1)),
+        (36, (64, 144), (4, 9, 0)),
+        (49, (96, 100), None),
+    ],
+)
+def test_tokens_of_images_that_are_no_squares_are_told_by_the_image(
+    tokens: int, image: tuple[int, int], grid: tuple[int, int, int] | None
+) -> None:
+    _, found = activations(torch.ones(2, tokens, 4), nadhooks.Site("s", 2, 4, "s"), 2, image)
+    assert found == grid
+
+
+def test_what_a_layer_overwrites_in_place_is_seen_before() -> None:
+    class Overwritten(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu_().mean((2, 3))
+
+    expected, seen = (nadhooks.what_units_see(kind(), graph(), [SITE], batches()) for kind in (Net, Overwritten))
+    assert seen.nodes["conv:1"]["activation"] == expected.nodes["conv:1"]["activation"]
+
+
 def test_units_of_several_positions_count_as_their_norm() -> None:
     site = nadhooks.Site("s", 1, 2, "s", block=2)
-    active, _ = activations(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), site, 1)
+    active, _ = activations(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), site, 1, (8, 8))
     assert active.flatten().tolist() == [5.0, 2.0]
 
 
