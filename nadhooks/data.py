@@ -141,6 +141,10 @@ def _folder(root: Path, split: Split, transform: Transform, class_index: dict[st
     if part != root:
         return Images(folder, dict(zip(labels, folder.classes, strict=True)), of_image)
     chosen = [index for index in range(len(folder)) if (index % 5 == 0) == (split == "test")]
+    if not chosen:
+        raise DataError(
+            f"{root}: expected images to learn from beside every fifth, which is held out; got {len(folder)}"
+        )
     shown = sorted({folder.targets[index] for index in chosen})  # a small class may be missing from a split
     names = {labels[index]: folder.classes[index] for index in shown}
     return Images(Subset(folder, chosen), names, [of_image[index] for index in chosen])
@@ -188,6 +192,8 @@ def _open_image(path: str) -> Any:
 
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("its values are floating-point numbers of an unknown range; save it with 8 or 16 bits")
             if image.mode.startswith("I"):  # 16 bits: without scaling, all above 255 would be white
                 return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
             return image.convert("RGB")

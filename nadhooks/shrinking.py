@@ -185,6 +185,8 @@ class _Work:
         bordered: dict[int, dict[nn.Module, float]] = defaultdict(dict)  # unit -> where its constant has a border
         for layer, rows, columns in readers:
             constants = self.constants[layer]
+            if max(columns, default=0) >= len(constants):  # as behind a GLU or a pixel shuffle
+                return [], None
             for row, column in zip(rows, columns, strict=True):
                 constant = float(constants[column])
                 if constant != constant:  # NaN: it lives

@@ -7,6 +7,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from torch import Tensor
 
 import nadhooks
 from nadhooks.errors import NadhooksError, SiteError
@@ -100,6 +101,17 @@ def test_pooled_graphs_are_compared_by_activations() -> None:
     graph = nadhooks.unit_flow(model, masks, 0, x, weighting="pooled", estimator="midpoint", **EVERYTHING)
     found = nadhooks.verify(model, masks, graph, x, batch=4)
     assert found.edges.said == pytest.approx(found.edges.measured, abs=1e-12)
+
+
+def test_ways_that_no_gradient_takes_count_for_nothing() -> None:
+    class Detached(Line):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act2(self.conv2(self.act1(self.conv1(x)).detach())).mean((2, 3)))
+
+    model, x = seeded(Detached), images()
+    masks = masks_of(model, ["conv1", "act1", "act2"], x)
+    graph = nadhooks.unit_flow(model, masks, 0, x, **EVERYTHING)
+    assert nadhooks.verify(model, masks, graph, x).edges.said
 
 
 def test_other_graphs_are_refused() -> None:

@@ -172,6 +172,18 @@ def test_images_of_16_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     assert (image[0] * 255).round().tolist() == [[0, 10, 200, 255]]
 
 
+def test_images_of_an_unknown_range_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a" / "0.tiff")
+    with pytest.raises(DataError, match=r"a/0.tiff: .* floating-point numbers of an unknown range"):
+        data.load_images(str(tmp_path), "test", to_tensor).dataset[0]
+
+
+def test_one_image_is_too_few_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected images to learn from beside every fifth, which is held out; got 1"):
+        data.load_images(str(folders(tmp_path, "a", images=1)), "train", to_tensor)
+
+
 @pytest.mark.parametrize("damage", [b"", b"text", b"half"])
 def test_damaged_images_are_named(tmp_path: Path, damage: bytes) -> None:
     path = folders(tmp_path, "a", images=1) / "a" / "0.png"

@@ -230,3 +230,11 @@ def test_units_that_read_dead_ones_alone_go_too() -> None:
 def test_multiples_below_1_are_refused() -> None:
     with pytest.raises(NadhooksError, match="multiple: expected a whole number of at least 1, got 0"):
         nadhooks.shrink(seeded(Line), example=images(), multiple=0)
+
+
+def test_units_that_a_shuffle_or_a_glu_puts_together_stay() -> None:
+    shuffled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 3, 3)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    small = nadhooks.shrink(shuffled, example=x)
+    assert report(small).removed == {}
+    torch.testing.assert_close(small(x), shuffled(x))

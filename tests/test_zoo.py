@@ -159,7 +159,7 @@ def test_models_of_one_size_refuse_another(spec: str, cure: str) -> None:
 def test_models_of_any_size_take_the_one_that_is_set() -> None:
     model = zoo.load_model("timm:vit_tiny_patch16_224,img_size=64,dynamic_img_size=True")
     assert zoo.example_for(model).shape == (1, 3, 64, 64)
-    zoo.set_image_size(model, 96)
+    zoo.set_image_size(nn.DataParallel(model), 96)
     assert zoo.transform_for(model)(Image.new("L", (9, 9))).shape == zoo.example_for(model)[0].shape == (3, 96, 96)
 
 
@@ -197,10 +197,24 @@ def test_own_files_import_the_files_beside_them(tmp_path: Path) -> None:
     before = list(sys.path)
     assert isinstance(zoo.load_model(f"{tmp_path}/own3.py:net"), nn.Linear)
     assert sys.path == before
+    (tmp_path / "own6.py").write_text("def net():\n    from blocks_of_mine_too import block\n    return block()")
+    (tmp_path / "blocks_of_mine.py").rename(tmp_path / "blocks_of_mine_too.py")
+    assert isinstance(zoo.load_model(f"{tmp_path}/own6.py:net"), nn.Linear)
+    assert sys.path == before
     (tmp_path / "own4.py").write_text("import blocks_of_nobody")
     with pytest.raises(ModelError, match="No module named 'blocks_of_nobody'"):
         zoo.load_model(f"{tmp_path}/own4.py:net")
     assert sys.path == before
+
+
+def test_own_files_that_end_the_program_or_were_stopped_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import sys\ndef net(): sys.exit('no')")
+    with pytest.raises(ModelError, match="cannot be made: SystemExit: no"):
+        zoo.load_model(f"{tmp_path}/ends.py:net")
+    (tmp_path / "stopped.py").write_text("raise KeyboardInterrupt")
+    for _ in range(2):  # nothing half imported stays
+        with pytest.raises(KeyboardInterrupt):
+            zoo.load_model(f"{tmp_path}/stopped.py:net")
 
 
 def test_own_files_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:

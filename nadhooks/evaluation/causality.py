@@ -259,6 +259,8 @@ def _counted(found: Setting, cut: Cut, target: str, unit: int, change: Tensor, p
     part = unit_part(site, change, unit)
     if pooled:
         return float(part.sum()) * len(cut.leaving[INPUT]) / part.numel()
+    if target not in cut.gradient:  # it leads to the logit by a way that gradients do not take
+        return 0.0
     return float((part * unit_part(site, cut.gradient[target], unit)).sum())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import Transform
 from ..errors import ModelError
 from ..formats.hub import without_waiting
-from .files import load_weights, module_from, own_transform
+from .files import beside, load_weights, module_from, own_transform
 
 
 def load_model(spec: str, *, weights: str | None = None, pretrained: bool = False) -> nn.Module:
@@ -38,7 +38,8 @@ def load_model(spec: str, *, weights: str | None = None, pretrained: bool = Fals
             raise ModelError(
                 "pretrained weights exist for timm: and torchvision: models; pass the weights' file instead"
             )
-        model = _call(spec, getattr(module_from(source), name, None), options)
+        with beside(source):
+            model = _call(spec, getattr(module_from(source), name, None), options)
     else:
         raise ModelError(f"expected timm:NAME, torchvision:NAME or file.py:factory, got {spec!r}")
     if not isinstance(model, nn.Module):
@@ -156,6 +157,7 @@ def set_image_size(model: nn.Module, size: int) -> None:
 
     Raises ModelError for models that take one size only, as most vision transformers do.
     """
+    model = _unwrapped(model)
     known = _input_size(model)
     patches = getattr(model, "patch_embed", None)  # timm's transformers; torchvision's say `image_size`
     one_size = getattr(patches, "strict_img_size", False) or isinstance(getattr(model, "image_size", None), int)
@@ -254,7 +256,7 @@ def _call(spec: str, factory: Any, options: dict[str, Any]) -> Any:
         raise ModelError(f"{spec}: there is no such function")
     try:
         return factory(**options)
-    except Exception as error:  # constructors and downloads raise anything
+    except (Exception, SystemExit) as error:  # constructors and downloads raise anything
         if isinstance(error, OSError) and (options.get("pretrained") or options.get("weights")):
             why = str(error).partition(". ")[0]  # of a paragraph
             raise ModelError(
@@ -307,8 +309,8 @@ def _input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    wrapped = getattr(model, "module", None)
-    return wrapped if isinstance(wrapped, nn.Module) else model  # DataParallel and DDP
+    children = dict(model.named_children())
+    return children["module"] if children.keys() == {"module"} else model  # DataParallel and DDP
 
 
 def _torchvision_family(model: nn.Module) -> str:

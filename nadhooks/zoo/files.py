@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,17 @@ def _difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
     return ""
 
 
+@contextmanager
+def beside(path: str) -> Iterator[None]:
+    """Inside, a file's imports find the files beside it, as in `python file.py`."""
+    folder = str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def module_from(path: str) -> Any:
     if not Path(path).is_file():
         raise ModelError(f"no file {path}")
@@ -73,16 +86,15 @@ def module_from(path: str) -> Any:
         raise ModelError(f"{path} is not a Python file")
     if getattr(sys.modules.get(spec.name), "__file__", None) != spec.origin:  # another folder may have its namesake
         module = importlib.util.module_from_spec(spec)
-        folder = str(Path(path).resolve().parent)
         sys.modules[spec.name] = module  # before it runs: its dataclasses look themselves up
-        sys.path.insert(0, folder)  # for the files beside it, as in `python file.py`
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # it is the user's program
+            with beside(path):
+                spec.loader.exec_module(module)
+        except BaseException as error:  # it is the user's program
             del sys.modules[spec.name]
+            if not isinstance(error, (Exception, SystemExit)):
+                raise
             raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-        finally:
-            sys.path.remove(folder)
     return sys.modules[spec.name]
 
 
