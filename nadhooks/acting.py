@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from .batching import sizes
 from .errors import NadhooksError, SiteError, TaskError
 from .gating import Clip, Closed, gate, laid_out_as, with_closed
 from .ownership import held_by_nobody_else
 from .sites import Site
-from .tracing import samples_in
 
 # what was handed over or chosen: rows of tasks, gates instead of these, what closed units put out
 State = tuple[Tensor | None, Mapping[str, Tensor] | None, Mapping[str, Tensor]]
@@ -74,11 +74,11 @@ class InForce:
         """Puts this in force, and gives what was before, which `leave` wants."""
         if not torch.compiler.is_compiling():
             me = threading.get_ident()
-            if self.depth and self.thread != me:  # each would put back what the other has put in force
+            if self.depth > 0 and self.thread != me:  # each would put back what the other has put in force
                 raise NadhooksError(
                     "these gates are in force in another thread; give each a copy of the model with gates of its own"
                 )
-            self.thread, self.depth = me, self.depth + 1
+            self.thread, self.depth = me, max(0, self.depth) + 1
         before = self.rows, self.values, self.closed
         self.rows, self.values, self.closed = state
         return before
@@ -221,18 +221,18 @@ class Passing:
 
     def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         now, rows = self.now, self.now.rows
-        samples = 1 if rows is now.values is None else samples_in(args or kwargs)
-        if rows is not None and len(rows) not in (1, samples):
+        numbers = set() if rows is now.values is None else sizes(args) | sizes(kwargs)  # of samples
+        if rows is not None and numbers and len(rows) not in {1, *numbers}:
             raise TaskError(
-                f"expected one label for each of the {samples} samples, got {len(rows)}; "
+                f"expected one label for each of the {_either(numbers)} samples, got {len(rows)}; "
                 "or pass one task for the whole batch"
             )
-        for handed in (now.values or {}, now.closed):
+        for handed in (now.values or {}, now.closed) if numbers else ():
             for site, each in handed.items():
-                if len(each) not in (1, samples):
+                if len(each) not in {1, *numbers}:
                     raise TaskError(
-                        f"{site}: expected a row for each of the {samples} samples, or one for all, got {len(each)}; "
-                        "of a (tasks, units) table take each sample's row, as in table[labels]"
+                        f"{site}: expected a row for each of the {_either(numbers)} samples, or one for all, got "
+                        f"{len(each)}; of a (tasks, units) table take each sample's row, as in table[labels]"
                     )
         if torch.compiler.is_compiling():
             _compiled["gates"] = True
@@ -242,6 +242,10 @@ class Passing:
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self.now.ready = None
+
+
+def _either(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def _known_open(g: Tensor) -> bool:

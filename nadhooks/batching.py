@@ -138,6 +138,8 @@ def digest(inputs: Any) -> bytes:
             known.update(plain.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:  # of long ones `repr` shows the ends alone
             known.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+        elif type(leaf).__repr__ is object.__repr__ and hasattr(leaf, "__dict__"):  # which would say where it lies
+            known.update(type(leaf).__qualname__.encode() + digest(vars(leaf)))
         else:
             known.update(repr(leaf).encode())
     return known.digest()

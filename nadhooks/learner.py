@@ -100,6 +100,13 @@ class Learner:
 
     # --- data ---
 
+    @property
+    def scale(self) -> float:
+        """What losses are larger by on the way back through float16, where gradients of large sites would be 0."""
+        forward = self.teacher.forward
+        dtypes = {forward.autocast, *(p.dtype for p in forward.gates.attached().parameters())}
+        return 2.0**16 if torch.float16 in dtypes else 1.0
+
     def read(self, given: Tasks | None, fidelity: float | None) -> None:
         """The tasks, and what has to be known of the data before the first step."""
         self.seed_loaders()
@@ -124,8 +131,7 @@ class Learner:
             self.pool, self.held = self.pool.parted(HELD_OUT)
         elif fidelity is not None and self.held_out is not None:
             self.held = Pool.of(self.held_out, None, self.measuring())
-        if self.method.output == "any" and len(shown_in(self.pool.labels)) == 1:  # nor need an objective want others
-            self.asked = self.method = replace(self.method, negatives=0)
+        self.asked = self.method = self.with_contrast(self.method)
         self.tasks = self.pool.tasks(given, self.method)
         self.check_held_out()
         self.checkpoint.learns_from([vars(self.pool), self.held and vars(self.held)])
@@ -139,6 +145,11 @@ class Learner:
             some = torch.linspace(0, len(self.pool) - 1, min(SAMPLES, len(self.pool))).long()
             for name, x in beside_means(self.teacher.forward, self.pool.part(some).inputs, len(some)).items():
                 self.starts[name] = x.to(self.deviations[name]) / self.deviations[name].clamp(min=TINY)
+
+    def with_contrast(self, method: Method) -> Method:
+        """As it is; an objective of one's own goes without others where all samples have one label."""
+        alone = self.pool is not None and len(shown_in(self.pool.labels)) == 1
+        return replace(method, negatives=0) if method.output == "any" and alone else method
 
     def measuring(self) -> Method:
         """The method, as held-out samples are drawn for it."""
@@ -183,7 +194,7 @@ class Learner:
             chosen = start.select(self.tasks.labels)
             scores = {name: 2 * WARM * value - WARM for name, value in chosen.values.items()}
         else:
-            method = start
+            method = self.with_contrast(start)
             if method.sampling == "own" or self.pool is None:
                 reads = method.name if method.sampling == "own" else self.method.name
                 raise LearningError(
@@ -263,9 +274,13 @@ class Learner:
     def averaged(self, selection: Selection | None) -> Table:
         """Scores of single samples, averaged over each task's."""
         assert self.pool is not None
-        every, learnt = [], []
+        every, learnt, shown = [], [], Counter[int]()
         for rows, batches in each_batches(self.pool, self.data, self.tasks, self.method, self.seed):
-            learnt.append(self.run(batches, list(range(len(rows))), selection and selection.rows(rows), None).scores)
+            names = []  # of samples, whatever other tasks there are
+            for row in rows.tolist():
+                shown[row] += 1
+                names.append(f"{self.tasks.labels[row]}/{shown[row]}")
+            learnt.append(self.run(batches, names, selection and selection.rows(rows), None).scores)
             every.append(rows)
         rows = torch.cat(every)
         return {
@@ -351,7 +366,7 @@ class Learner:
                     terms = {name: term[shown] for name, term in terms.items()}
                 losses = torch.stack(list(terms.values())).sum(0)
                 with self.teacher.forward.way_back():
-                    gradients = gradients_of(losses, [whole(part) for part in leaves if part])
+                    gradients = gradients_of(losses, [whole(part) for part in leaves if part], self.scale)
             self.check(losses, gradients, index)
             with torch.no_grad():
                 for update, part, state, gradient in zip(updates, learnt, states, gradients, strict=False):
@@ -469,11 +484,19 @@ def by_sample(table: Table, rows: Tensor) -> Table:
     return Parted(whole(table).index_select(0, rows), table) if table else {}
 
 
-def gradients_of(losses: Tensor, moved: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Zero where nothing leads back, as in a shallow step of an objective that looks at the first sites alone."""
+def gradients_of(losses: Tensor, moved: Sequence[Tensor], scale: float = 1.0) -> Sequence[Tensor]:
+    """Zero where nothing leads back, as in a shallow step of an objective that looks at the first sites alone.
+
+    scale: what losses are multiplied by for the way back, a power of 2; less where that is too much.
+    """
     if not losses.requires_grad:
         return [torch.zeros_like(x) for x in moved]
-    return torch.autograd.grad(losses.sum(), moved, materialize_grads=True)
+    while True:
+        total = losses.sum() * scale
+        found = torch.autograd.grad(total, moved, materialize_grads=True, retain_graph=scale > 1)
+        if scale <= 1 or all(bool(x.isfinite().all()) for x in found):
+            return [x / scale for x in found] if scale > 1 else found
+        scale /= 16
 
 
 def on_device(samples: Samples, device: torch.device) -> Samples:

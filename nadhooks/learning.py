@@ -192,6 +192,7 @@ def learn(
             }
             learner.checkpoint = Checkpoint(checkpoint, every, known)
             learner.read(given, fidelity)
+            run["options"] = learner.asked.described()
             learner.warm(start)
             if fidelity is not None:
                 found, run["curve"] = faithful(learner, fidelity)
@@ -335,6 +336,8 @@ def _budget(keep: float | int | Budget | None, fidelity: float | None, method: M
         raise NadhooksError(
             f"{name}: with {method.name!r} the share that is kept follows from its options, got {name}={value}"
         )
+    if fidelity is not None and method.sampling == "own":
+        raise NadhooksError(f"fidelity: {method.name!r} reads the loader itself, and holds nothing out; pass keep=")
     if fidelity is not None and not (isinstance(fidelity, Real) and 0 < float(fidelity) < math.inf):
         raise NadhooksError(f"fidelity: expected a divergence above 0 (in nats), got {fidelity!r}")
     return None if method.keep is None else Budget.of(method.keep if keep is None else keep)

@@ -44,6 +44,8 @@ def binary_kl(outputs: Tensor, teacher: Tensor, classes: Tensor, output: Output 
     classes, output: as for `cross_entropy`.
     """
     before, after = _binary_log(teacher, classes, output), _binary_log(outputs, classes, output)
+    least = torch.finfo(before.dtype).min / 4  # a probability of 0 counts for nothing where the teacher has it
+    before, after = before.clamp(min=least), after.clamp(min=least)
     return (before.exp() * (before - after)).sum(1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,13 @@ class Shortcut:
     shape: torch.Size
     before: Mapping[nn.Module, Tensor] = field(repr=False)
 
+    def disguises(self) -> Iterator[Shortcut]:
+        """The same with large numbers for stand-ins, and with their negatives: NaN is not seen by comparisons."""
+        generator = torch.Generator().manual_seed(0)
+        large = {module: (1e3 * torch.rand(x.shape, generator=generator)).to(x) for module, x in self.before.items()}
+        yield replace(self, before=large)
+        yield replace(self, before={module: -x for module, x in large.items()})
+
     @contextmanager
     def taken(self, known: Tensor) -> Iterator[None]:
         """`with shortcut.taken(known):` known is (samples, units, positions), what leaves the open site."""
@@ -53,8 +60,8 @@ def _put_out(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def shortcut(model: nn.Module, site: Site, run: Callable[[], object], samples: int) -> Shortcut | None:
     """The modules that are done when the site fires for the first and only time, found in one forward pass of `run`.
 
-    samples: of that pass. The stand-ins are NaN, so that whoever tries the shortcut sees whether anything else uses
-    them. None where there is nothing to spare.
+    samples: of that pass. The stand-ins are NaN, so that whoever tries the shortcut, and its `disguises`, sees whether
+    anything else uses them. None where there is nothing to spare.
     """
     if site.within is not None or site.alternating:
         return None

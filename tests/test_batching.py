@@ -12,6 +12,11 @@ X = torch.arange(6.0).reshape(3, 2)
 NAMES = ["a", "b", "c"]
 
 
+class Plain:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
@@ -60,6 +65,8 @@ def test_equal_samples_are_known_by_the_same_and_others_are_not() -> None:
     assert digest(X.T.contiguous().T) == digest(X)  # whatever its order in memory
     long = np.zeros(2000)
     assert digest([long]) == digest([long.copy()])
+    first, again, other = (Plain(value) for value in (1, 1, 2))
+    assert digest([first]) == digest([again]) != digest([other])  # wherever they lie
     assert digest([long]) != digest([np.where(np.arange(2000) == 1000, 1, long)])
 
 

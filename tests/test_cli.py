@@ -326,7 +326,10 @@ def test_own_models_in_a_file_need_nothing_but_their_transform(capsys: pytest.Ca
         ([*LEARN, "--every", "5"], "pass --checkpoint FILE, too"),
         ([*LEARN, "--checkpoint", "no/run"], "cannot write the checkpoint no/run: No such file or directory"),
         ([*LEARN, "--start", "magic"], "taylor, routing or a mask file; magic: cannot read it: No such file"),
-        ([*LEARN, "--start", "nad", "--keep", "0.3"], "start from masks that one of them learnt, or from a baseline"),
+        (
+            [*LEARN, "--start", "nad", "--keep", "0.3"],
+            "'contrastive' cannot begin with 'nad', for 'nad' reads the loader itself",
+        ),
         ([*LEARN, "--log", "no/run.csv"], "cannot write the log no/run.csv: No such file or directory"),
         ([*LEARN, "--axis", "7"], "--axis 7 does not fit a tensor of shape"),
         (["sites", "timm:resnet10t", "--sites", "heads"], "pass --sites with globs"),

@@ -634,6 +634,24 @@ def test_gates_are_in_force_in_one_thread_at_a_time() -> None:
             assert other.submit(model, x).result() is not None
 
 
+def test_samples_are_counted_wherever_they_are() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = seeded(Mlp)
+
+        def forward(self, table: Tensor, batch: dict[str, list[Tensor]]) -> Tensor:
+            return cast(Tensor, self.inner(torch.stack(batch["images"]) + table.mean()))
+
+    model, x = Nested(), list(vectors(6))
+    arguments = (torch.ones(5, dtype=torch.float64), {"images": x})
+    with nadhooks.attach(model, "inner.act", tasks=3, example=arguments) as gates:
+        with gates([0, 1, 2] * 2):
+            model(*arguments)
+        with gates([0, 1, 2, 0]), pytest.raises(TaskError, match="for each of the 5 or 6 samples, got 4"):
+            model(*arguments)
+
+
 def test_means_are_measured_open_inside_a_close_too() -> None:
     model, x = seeded(Mlp), vectors()
     with nadhooks.attach(model, "act", example=x) as gates:

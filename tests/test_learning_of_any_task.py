@@ -309,6 +309,8 @@ def test_an_objective_may_have_samples_of_one_label_alone() -> None:
     data = [(images(40), torch.zeros(40, dtype=torch.long))]
     sites = ["line.act1", "line.act2"]
     assert float(nadhooks.learn(seeded(Dense), data, sites, method=restores, keep=4).kept()) == pytest.approx(4 / 9)
+    started = nadhooks.learn(seeded(Dense), data, sites, method=restores, start=methods.from_objective(restores))
+    assert started.provenance["options"]["negatives"] == 0
     found = nadhooks.learn(seeded(Dense), data, sites, method=restores, fidelity=1e-3)
     assert 0 < float(found.kept()[0]) <= 1
     with pytest.raises(LearningError, match="held-out samples: the loader shows no sample of task 0"):

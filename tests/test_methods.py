@@ -16,6 +16,7 @@ from nadhooks import methods, objectives, sampling
 from nadhooks.budgets import Budget
 from nadhooks.errors import LearningError, NadhooksError, SiteError, TaskError
 from nadhooks.gating import Closed
+from nadhooks.learner import gradients_of
 from nadhooks.masks import Masks
 from nadhooks.methods.parts import Parted, whole
 
@@ -641,6 +642,29 @@ def test_masks_are_a_start() -> None:
 def test_an_objective_that_does_not_compare_can_start_from_one_that_does() -> None:
     masks = learnt(methods.contrastive(steps=2, activation=0), start="activation", cache=1000)
     assert masks.provenance["start"] == {"method": "activation", "options": methods.activation().described()}
+
+
+def test_samples_of_their_own_gates_do_not_know_of_other_tasks() -> None:
+    method = replace(methods.routing(images=4, steps=2), initial=methods.estimators.normal)
+    same(learnt(method, tasks=[0, 1]), learnt(method, tasks=[1, 0]).select([0, 1]))
+
+
+def test_fidelity_is_not_had_where_nothing_is_held_out() -> None:
+    own = replace(methods.nad(epochs=1), estimator=methods.straight_through_topk, keep=0.5)
+    with pytest.raises(NadhooksError, match="fidelity: 'nad' reads the loader itself, and holds nothing out"):
+        learnt(own, fidelity=0.5)
+
+
+def test_small_gradients_come_through_half_precision() -> None:
+    far = torch.randn(4, 64, 28, 28, generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16), (torch.float16, 2.0**40)):
+        x = far.clone().requires_grad_()
+        losses = objectives.mse(x.to(dtype), torch.zeros_like(x, dtype=dtype)) / 300
+        found.append(gradients_of(losses, [x], scale)[0].flatten())
+    for other in found[1:]:
+        assert float(torch.cosine_similarity(found[0], other, dim=0)) > 0.999
+        assert float(other.norm() / found[0].norm()) == pytest.approx(1, abs=0.01)
 
 
 def test_starts_that_do_not_fit_are_refused() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from nadhooks import objectives
@@ -34,6 +37,16 @@ def test_spread_is_the_variance_of_what_is_finite_or_the_own_logit_squared() -> 
     pairs = torch.tensor([[True, True, False], [False, True, True]])
     assert objectives.spread(outputs, pairs, "sigmoid").tolist() == [9, 4]
     assert objectives.spread(outputs.bfloat16(), classes).dtype == torch.float32
+
+
+def test_a_class_that_is_ruled_out_for_both_is_no_divergence() -> None:
+    outputs = torch.tensor([[1.0, 3.0, -torch.inf], [1.0, 2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, -torch.inf]], dtype=torch.float64)
+    far = objectives.binary_kl(outputs, teacher, torch.tensor([2, 2]))
+    assert far[0] == 0
+    assert float(far[1].detach()) == pytest.approx(-math.log1p(-float(outputs.detach().softmax(1)[1, 2])))
+    (gradient,) = torch.autograd.grad(far.sum(), outputs)
+    assert bool(gradient.isfinite().all())
 
 
 def test_sides_of_a_task_have_means_of_their_own() -> None:

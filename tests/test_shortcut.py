@@ -87,6 +87,25 @@ class Checkpointed(Stem):
         return self.head(self.third(self.between(self.first(x))).relu().mean((2, 3)))
 
 
+class Decides(Stem):
+    """A comparison, which no NaN is seen in, chooses what is done behind the site."""
+
+    def behind(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return z * torch.where(y.mean((1, 2, 3), keepdim=True) > 100, 5.0, 1.0)
+
+
+class Chooses(Stem):
+    def behind(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return z * (1 + y.mean((2, 3)).argmax(1)[:, None, None, None])
+
+
+class Watchful(Stem):
+    def between(self, y: Tensor) -> Tensor:
+        if not bool(y.isfinite().all()):
+            raise ValueError("no numbers")
+        return y
+
+
 class Again(Stem):
     """The first layer runs once more behind the site."""
 
@@ -150,7 +169,7 @@ def test_what_leads_to_the_first_site_does_not_run_again(sites: list[str], spare
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", [Beside, InPlace, Reads, ReadsMean])
+@pytest.mark.parametrize("kind", [Beside, InPlace, Reads, ReadsMean, Decides, Chooses, Watchful])
 def test_where_something_else_uses_what_comes_before_everything_runs(kind: Callable[[], nn.Module]) -> None:
     model = built(kind)
     with nadhooks.attach(model, ["second", "third"], example=images(1)) as gates:

@@ -19,6 +19,7 @@ TURNS = {"contrastive": 6, "class-only": 3}  # steps in which each site is compa
 # many times as much at most where less is
 EMPHASIS = {"optimal": (0.39, 400.0), "mean": (0.5, 400.0), "zero": (0.57, 4.5)}
 FEW = 0.25  # the share kept below which the order of samples counts
+SURE = 1e4  # log-odds; of logits at −∞ they are infinite
 TINY = 1e-12  # a square; logits that hardly differ differ by rounding
 
 
@@ -196,7 +197,7 @@ def _misordered(outputs: Tensor, teacher: Tensor, samples: Samples, tasks: int, 
     that every sample is answered alike, the other terms ask for another answer to all, and only this one for different
     ones.
     """
-    now, before = (objectives.log_odds(x, samples.classes, output) for x in (outputs, teacher))
+    now, before = (objectives.log_odds(x, samples.classes, output).clamp(-SURE, SURE) for x in (outputs, teacher))
 
     def variance(x: Tensor) -> Tensor:
         mean = objectives.per_task(x, samples.rows, tasks)
