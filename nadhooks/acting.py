@@ -74,11 +74,11 @@ class InForce:
         """Puts this in force, and gives what was before, which `leave` wants."""
         if not torch.compiler.is_compiling():
             me = threading.get_ident()
-            if self.depth > 0 and self.thread != me:  # each would put back what the other has put in force
+            if self.depth and self.thread != me:  # each would put back what the other has put in force
                 raise NadhooksError(
                     "these gates are in force in another thread; give each a copy of the model with gates of its own"
                 )
-            self.thread, self.depth = me, max(0, self.depth) + 1
+            self.thread, self.depth = me, self.depth + 1
         before = self.rows, self.values, self.closed
         self.rows, self.values, self.closed = state
         return before
@@ -86,7 +86,7 @@ class InForce:
     def leave(self, before: State) -> None:
         self.rows, self.values, self.closed = before
         if not torch.compiler.is_compiling():
-            self.depth -= 1
+            self.depth = max(0, self.depth - 1)  # 0 where it was entered in compiled code, which does not count
 
     @contextmanager
     def everything_open(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -100,7 +101,7 @@ class Learner:
 
     # --- data ---
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What losses are larger by on the way back through float16, where gradients of large sites would be 0."""
         forward = self.teacher.forward
@@ -131,7 +132,7 @@ class Learner:
             self.pool, self.held = self.pool.parted(HELD_OUT)
         elif fidelity is not None and self.held_out is not None:
             self.held = Pool.of(self.held_out, None, self.measuring())
-        self.asked = self.method = self.with_contrast(self.method)
+        self.asked = self.method = self.as_shown(self.method)
         self.tasks = self.pool.tasks(given, self.method)
         self.check_held_out()
         self.checkpoint.learns_from([vars(self.pool), self.held and vars(self.held)])
@@ -146,8 +147,8 @@ class Learner:
             for name, x in beside_means(self.teacher.forward, self.pool.part(some).inputs, len(some)).items():
                 self.starts[name] = x.to(self.deviations[name]) / self.deviations[name].clamp(min=TINY)
 
-    def with_contrast(self, method: Method) -> Method:
-        """As it is; an objective of one's own goes without others where all samples have one label."""
+    def as_shown(self, method: Method) -> Method:
+        """The method; an objective of one's own goes without others where all samples have one label."""
         alone = self.pool is not None and len(shown_in(self.pool.labels)) == 1
         return replace(method, negatives=0) if method.output == "any" and alone else method
 
@@ -194,7 +195,7 @@ class Learner:
             chosen = start.select(self.tasks.labels)
             scores = {name: 2 * WARM * value - WARM for name, value in chosen.values.items()}
         else:
-            method = self.with_contrast(start)
+            method = self.as_shown(start)
             if method.sampling == "own" or self.pool is None:
                 reads = method.name if method.sampling == "own" else self.method.name
                 raise LearningError(

@@ -268,13 +268,13 @@ class Masks:
 
         Other values have no measured quality unless it is given too.
         """
-        origin = self.provenance if provenance is None else provenance
-        if values is not None and provenance is None and isinstance(about := origin.get("quality"), Mapping):
-            rest = {key: value for key, value in about.items() if key not in ("network", "random")}
-            origin = {**origin, "quality": rest}  # without what is of the tasks and masks that were measured
         measured = (self.quality if values is None else {}) if quality is None else quality
+        origin = dict(self.provenance if provenance is None else provenance)
         if provenance is None and not measured:
-            origin = {key: value for key, value in origin.items() if key != "quality"}
+            origin.pop("quality", None)
+        elif provenance is None and values is not None and isinstance(about := origin.get("quality"), Mapping):
+            # without what is of the tasks and masks that were measured
+            origin["quality"] = {key: value for key, value in about.items() if key not in ("network", "random")}
         values, tasks = self.values if values is None else values, tasks or self.task_rows
         constants = self.constants if constants is None else constants
         return Masks(self.sites, values, tasks, self.wiring, self.closed, constants, origin, measured)

@@ -47,6 +47,7 @@ class Call:
 
     name: str
     module: nn.Module
+    index: int  # among all calls
     parent: int | None  # index of the call that this one happened in
     inputs: list[Leaf]
     outputs: list[Leaf] = field(default_factory=list)
@@ -66,12 +67,10 @@ class Trace:
 
     def __post_init__(self) -> None:
         self.first: dict[str, int] = {}
-        self.places: dict[int, int] = {}  # of calls, by their identity
         self.children: dict[int | None, list[int]] = defaultdict(list)
         self.consumers: dict[int, list[Call]] = defaultdict(list)
         for index, call in enumerate(self.calls):
             self.first.setdefault(call.name, index)
-            self.places[id(call)] = index
             self.children[call.parent].append(index)
             for leaf in call.inputs:
                 self.consumers[leaf.serial].append(call)
@@ -87,7 +86,7 @@ class Trace:
     def inside(self, call: Call) -> Iterator[Call]:
         """That call and all calls that happened within it."""
         yield call
-        for index in self.children[self.places[id(call)]]:
+        for index in self.children[call.index]:
             yield from self.inside(self.calls[index])
 
     def axis(self, call: Call, leaf: Leaf) -> int | None:
@@ -200,10 +199,8 @@ def samples_in(example: Any) -> int:
     arguments = list(example.values()) if isinstance(example, dict) else example
     if isinstance(arguments, (tuple, list)) and arguments and isinstance(arguments[0], list):
         return len(arguments[0])
-    for leaf in pytree.tree_leaves(example):  # not `next`, which torch 2.4 does not compile
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return len(leaf)
-    return 1
+    leaves = (leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim())
+    return next((len(leaf) for leaf in leaves), 1)
 
 
 def samples_on_axis_0(trace: Trace, call: Call, leaf: Leaf) -> Literal["together", "views", "none"]:
@@ -247,8 +244,8 @@ def _run(model: nn.Module, example: Any) -> Trace:
         return found
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(Call(name, module, open_calls[-1] if open_calls else None, leaves((args, kwargs))))
-        open_calls.append(len(calls) - 1)
+        calls.append(Call(name, module, len(calls), open_calls[-1] if open_calls else None, leaves((args, kwargs))))
+        open_calls.append(calls[-1].index)
 
     def after(output: Any) -> None:
         nonlocal finished
@@ -258,7 +255,8 @@ def _run(model: nn.Module, example: Any) -> Trace:
 
     def use(name: str, x: Tensor, apply: Apply) -> Tensor:
         within = calls[open_calls[-1]].name if open_calls else ""
-        if within == name or own_weight(modules[within]) is own_weight(modules[name]):  # a layer itself, being called
+        # the layer itself is being called, or one that shares its weight
+        if own_weight(modules[within]) is own_weight(modules[name]):
             return apply(x)
         before(name, modules[name], (x,), {})
         calls[-1].within = within

@@ -180,6 +180,7 @@ def _by_perturbation(
     model: nn.Module, sites: Sequence[Site], example: Any, sources: Iterable[str]
 ) -> set[tuple[str, str]]:
     """The edges that leave these sources: whose input moves when one changes and every other puts out what it did."""
+    sources = set(sources)
     if not sources:
         return set()
     generator = torch.Generator().manual_seed(0)
@@ -204,10 +205,11 @@ def _by_perturbation(
 
     outputs = run(example, record, take)
     edges: set[tuple[str, str]] = set()
-    changed = [(INPUT, inputs) for inputs in (_noisy_inputs(example, noisy), _other_numbers(example, generator))]
-    passes = [(source, inputs) for source, inputs in changed if inputs is not None]
-    passes += [(site.name, example) for site in sites]
-    for source, inputs in [each for each in passes if each[0] in set(sources)]:
+    passes = [(site.name, example) for site in sites if site.name in sources]
+    if INPUT in sources:
+        changed = _noisy_inputs(example, noisy), _other_numbers(example, generator)
+        passes = [(INPUT, inputs) for inputs in changed if inputs is not None] + passes
+    for source, inputs in passes:
         calls: dict[str, int] = defaultdict(int)
 
         def replay(site: Site, tensor: Tensor, source: str = source, calls: dict[str, int] = calls) -> Tensor:

@@ -232,9 +232,10 @@ def test_multiples_below_1_are_refused() -> None:
         nadhooks.shrink(seeded(Line), example=images(), multiple=0)
 
 
-def test_units_that_a_shuffle_or_a_glu_puts_together_stay() -> None:
-    shuffled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 3, 3)).eval()
+@pytest.mark.parametrize(("between", "width"), [(nn.PixelShuffle(2), 2), (nn.GLU(1), 4)])
+def test_units_that_a_shuffle_or_a_glu_puts_together_stay(between: nn.Module, width: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.Conv2d(width, 3, 3)).eval()
     x = torch.randn(2, 3, 8, 8)
-    small = nadhooks.shrink(shuffled, example=x)
+    small = nadhooks.shrink(model, example=x)
     assert report(small).removed == {}
-    torch.testing.assert_close(small(x), shuffled(x))
+    torch.testing.assert_close(small(x), model(x))

@@ -238,18 +238,17 @@ class Captioned(nn.Module):
 
     def forward(self, ids: Tensor, image: Tensor | None = None) -> Tensor:
         seen = 0 if image is None else self.image(image)
-        return self.text(self.words(ids).mean(1)) + seen
+        return self.text(self.words(ids)[:, 0]) + seen
 
 
 @pytest.mark.parametrize("ids", [torch.arange(7)[None], torch.zeros(1, 7, dtype=torch.long), torch.tensor([[3]])])
 def test_tokens_are_an_input_alone_and_beside_an_image(ids: Tensor) -> None:
     model = Captioned().eval()
-    if ids.shape[1] < 7 or int(ids.max()) == 0:  # no other order of these is another
-        with nadhooks.attach(model, "text", example=ids) as gates:
-            assert set(gates.wiring.edges) == {("input", "text"), ("text", "output")}
+    with nadhooks.attach(model, "text", example=ids) as gates:
+        assert set(gates.wiring.edges) == {("input", "text"), ("text", "output")}
     with nadhooks.attach(model, ["text", "image"], example=(ids, torch.randn(1, 6))) as gates:
-        assert ("input", "text") in gates.wiring.edges or int(ids.max()) > 5
-        assert ("input", "image") in gates.wiring.edges
+        ways = [(("input", name), (name, "output")) for name in ("text", "image")]
+        assert set(gates.wiring.edges) == {*ways[0], *ways[1]}
 
 
 def test_models_that_call_themselves_have_sites() -> None:

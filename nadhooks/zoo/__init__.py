@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import Transform
 from ..errors import ModelError
 from ..formats.hub import without_waiting
-from .files import beside, load_weights, module_from, own_transform
+from .files import imports_beside, load_weights, module_from, own_transform
 
 
 def load_model(spec: str, *, weights: str | None = None, pretrained: bool = False) -> nn.Module:
@@ -38,8 +38,9 @@ def load_model(spec: str, *, weights: str | None = None, pretrained: bool = Fals
             raise ModelError(
                 "pretrained weights exist for timm: and torchvision: models; pass the weights' file instead"
             )
-        with beside(source):
-            model = _call(spec, getattr(module_from(source), name, None), options)
+        factory = getattr(module_from(source), name, None)
+        with imports_beside(source):
+            model = _call(spec, factory, options)
     else:
         raise ModelError(f"expected timm:NAME, torchvision:NAME or file.py:factory, got {spec!r}")
     if not isinstance(model, nn.Module):

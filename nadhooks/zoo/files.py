@@ -68,7 +68,7 @@ def _difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 @contextmanager
-def beside(path: str) -> Iterator[None]:
+def imports_beside(path: str) -> Iterator[None]:
     """Inside, a file's imports find the files beside it, as in `python file.py`."""
     folder = str(Path(path).resolve().parent)
     sys.path.insert(0, folder)
@@ -88,7 +88,7 @@ def module_from(path: str) -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # before it runs: its dataclasses look themselves up
         try:
-            with beside(path):
+            with imports_beside(path):
                 spec.loader.exec_module(module)
         except BaseException as error:  # it is the user's program
             del sys.modules[spec.name]
